@@ -1,0 +1,243 @@
+"""The configuration: one YAML file, a few environment variables, then flags. Unknown keys are errors.
+
+Sections belong to the packages that read them; they live here, on the bottom floor, because one file configures all.
+`os.environ/NAME` as a value is replaced by the environment variable NAME, as in LiteLLM's format.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from collector.errors import ConfigError
+
+DEFAULT_URL = "http://127.0.0.1:4000"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Section(BaseModel):
+    """A frozen section that knows no other keys than its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Key(Section):
+    """A Ratchet key: given as it is or by its sha256, with what it may do."""
+
+    name: str
+    key: str | None = None
+    key_sha256: str | None = None
+    scopes: frozenset[Literal["agent", "reward", "admin"]] = frozenset({"agent"})
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "Key":
+        if (self.key is None) == (self.key_sha256 is None):
+            raise ValueError("give exactly one of `key` and `key_sha256`")
+        return self
+
+
+class Server(Section):
+    """Where the proxy listens and whom it serves."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=4000, ge=0, le=65535)
+    workers: int = Field(default=1, ge=1, le=64)
+    allowed_hosts: tuple[str, ...] = ()
+    keys: tuple[Key, ...] = ()
+    max_body_mb: float = Field(default=64, gt=0)
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return self.host in LOOPBACK
+
+
+class Upstream(Section):
+    """Where calls go that no entry of `model_list` names."""
+
+    default: str = "https://api.openai.com/v1"
+    anthropic: str = "https://api.anthropic.com/v1"
+    connect_timeout: float = Field(default=10, gt=0)
+    read_timeout: float = Field(default=600, gt=0)
+    retries: int = Field(default=1, ge=0, le=5)
+
+    @field_validator("default", "anthropic")
+    @classmethod
+    def _http(cls, url: str) -> str:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        return url.rstrip("/")
+
+
+class ModelEntry(Section):
+    """One entry of LiteLLM's `model_list`: the name that agents ask for, and what it is sent to."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    model_name: str
+    litellm_params: dict[str, Any]
+
+    @field_validator("litellm_params")
+    @classmethod
+    def _names_model(cls, params: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(params.get("model"), str):
+            raise ValueError("needs `model`, for example `anthropic/claude-sonnet-4-5`")
+        return params
+
+
+class Match(Section):
+    """Which messages a slot's prompt may be found in."""
+
+    model: str | None = None
+    role: Literal["system", "developer", "user"] | None = None
+
+
+class Slot(Section):
+    """A prompt known from the start: its text becomes version 1."""
+
+    template: str = Field(min_length=1)
+    match: Match = Match()
+
+
+class Optimizer(Section):
+    """The model that writes critiques and edits. None: only proposers that need none are used."""
+
+    model: str | None = None
+    api_base: str | None = None
+    api_key: str | None = None
+
+
+class Rewards(Section):
+    """How rewards of several names become one number: sum of weight times value. Names without weight count nothing."""
+
+    weights: dict[str, float] = Field(default_factory=lambda: {"reward": 1.0})
+
+
+class Gate(Section):
+    """The held-out test that a candidate must pass."""
+
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    min_samples: int = Field(default=10, ge=2)
+
+
+class Redaction(Section):
+    """What is masked before a line is written. Secrets always are."""
+
+    emails: bool = False
+
+
+class Storage(Section):
+    """Where the journal and the projection live."""
+
+    data_dir: Path = Path("data")
+    memory_limit_mb: int = Field(default=1024, ge=64)
+    query_timeout: float = Field(default=30, gt=0)
+    redaction: Redaction = Redaction()
+
+
+class Settings(Section):
+    """Everything. `load` builds it; nothing else reads the environment or the file."""
+
+    server: Server = Server()
+    upstream: Upstream = Upstream()
+    model_list: tuple[ModelEntry, ...] = ()
+    slots: dict[str, Slot] = Field(default_factory=dict)
+    optimizer: Optimizer = Optimizer()
+    rewards: Rewards = Rewards()
+    gate: Gate = Gate()
+    store: Storage = Storage()
+
+    @model_validator(mode="after")
+    def _key_off_loopback(self) -> "Settings":
+        if not self.server.loopback and not self.server.keys:
+            raise ValueError(
+                f"server.keys: listening on {self.server.host} needs at least one key; add one, or listen on 127.0.0.1"
+            )
+        return self
+
+
+def load(
+    path: str | Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Defaults, then the file (`path` or RATCHET_CONFIG), then RATCHET_DATA_DIR, then `flags` such as
+    {"server.port": 4100}; flags that are None are not given.
+
+    Raises ConfigError that names the key, and for an unknown key the nearest known one.
+    """
+    env = os.environ if environ is None else environ
+    path = path or env.get("RATCHET_CONFIG")
+    tree = _read(Path(path)) if path else {}
+    if env.get("RATCHET_DATA_DIR"):
+        _put(tree, "store.data_dir", env["RATCHET_DATA_DIR"])
+    for dotted, value in (flags or {}).items():
+        if value is not None:
+            _put(tree, dotted, value)
+    tree = _from_environment(tree, env, "")
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}", param="config") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}", param="config") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, for example `server:`", param="config")
+    return {section: ({} if value is None else value) for section, value in tree.items()}
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[last] = value
+
+
+def _from_environment(value: Any, env: Mapping[str, str], where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_environment(item, env, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_environment(item, env, f"{where}.{index}") for index, item in enumerate(value)]
+    if isinstance(value, str) and value.startswith("os.environ/"):
+        name = value.removeprefix("os.environ/")
+        if name not in env:
+            raise ConfigError(f"{where}: the environment variable {name} is not set", param=where)
+        return env[name]
+    return value
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"unknown key `{where}`{_nearest(first['loc'])}", param=where)
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return ConfigError(f"{where}: {message}" if where else message, param=where or None)
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    model: Any = Settings
+    for part in location[:-1]:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = model.model_fields[str(part)].annotation
+        model = next((arg for arg in get_args(model) if isinstance(arg, type) and issubclass(arg, BaseModel)), model)
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return ""
+    prefix = ".".join(str(part) for part in location[:-1])
+    close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1, cutoff=0.4)
+    if close:
+        return f"; did you mean `{f'{prefix}.{close[0]}'.lstrip('.')}`?"
+    return "; known here: " + ", ".join(f"`{name}`" for name in model.model_fields)

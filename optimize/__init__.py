@@ -1,0 +1,1 @@
+"""The offline optimizer: episodes in, candidate versions out, promoted on held-out evidence only."""
