@@ -1,4 +1,4 @@
-"""The nouns that travel between the packages. All frozen; times are nanoseconds since the Unix epoch, tokens are counts.
+"""The nouns that travel between the packages. All frozen; times are nanoseconds since the epoch, tokens are counts.
 
 `None` always means "not known" and is never read as 0.
 """
