@@ -1,0 +1,71 @@
+# `make demo` and `make test` work from a fresh clone with Python 3.11+, make and git. A second run skips what is done.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# The torch build. The default takes what pip finds; on Linux with no GPU choose the CPU index (see README):
+#   make demo TORCH_ARGS="--index-url <the CPU index>"
+TORCH := torch==2.13.0
+TORCH_ARGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: install check format test test-model faults demo serve clean lock
+
+# A stamp per lock: made anew when the lock or the project's metadata changes.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Ratchet needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: $(VENV)/bin/python
+	@echo "Installing $(TORCH) (once) ..."
+	$(PIP) $(TORCH_ARGS) $(TORCH)
+	@touch $@
+
+$(VENV)/.demo: locks/demo.txt pyproject.toml $(VENV)/.torch
+	@echo "Installing the demo's packages (once) ..."
+	$(PIP) --no-deps --require-hashes -r locks/demo.txt
+	$(PIP) --no-deps --editable .
+	@touch $@
+
+$(VENV)/.dev: locks/dev.txt pyproject.toml $(VENV)/.torch
+	@echo "Installing everything a developer needs (once) ..."
+	$(PIP) --no-deps --require-hashes -r locks/dev.txt
+	$(PIP) --no-deps --editable .
+	@touch $@ $(VENV)/.demo
+
+# The JavaScript client of the contract tests; absent Node is said by the tests that need it.
+tests/clients/js/node_modules: tests/clients/js/package-lock.json
+	@if command -v npm >/dev/null; then cd tests/clients/js && npm ci --silent --no-audit --no-fund; fi
+	@if [ -d $@ ]; then touch $@; fi
+
+install: $(VENV)/.dev tests/clients/js/node_modules
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python scripts/limits.py
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: install
+	$(BIN)/python -m pytest
+
+# The longer drills, outside `make test`.
+faults: install
+	$(BIN)/python -m pytest tests/faults -s
+
+demo: $(VENV)/.demo
+	$(BIN)/ratchet demo
+
+serve: $(VENV)/.demo
+	$(BIN)/ratchet serve
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/clients/js/node_modules
+
+# Needs `uv`, used for locking only.
+lock:
+	$(PYTHON) scripts/lock.py
