@@ -21,7 +21,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from collector.client import Remote
-from collector.console import console, emit_json, run_command
+from collector.console import command, emit_json
+from collector.console import stderr as console
 from collector.errors import BadInput, RatchetError
 from collector.settings import DEFAULT_URL
 
@@ -294,7 +295,7 @@ def run_demo(stage: Stage, budget: int, seed: int) -> dict[str, Any]:
         return report
 
 
-@run_command
+@command
 def demo(
     name: Annotated[str, typer.Argument(help="Which demo: capital.")] = "capital",
     upstream_url: Annotated[str | None, typer.Option("--upstream", help="An OpenAI-compatible URL to use.")] = None,
