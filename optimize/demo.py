@@ -21,8 +21,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from collector.client import Remote
-from collector.console import command, emit_json
-from collector.console import stderr as console
+from collector.console import command, console
 from collector.errors import BadInput, RatchetError
 from collector.settings import DEFAULT_URL
 
@@ -303,14 +302,11 @@ def demo(
     data_dir: Annotated[Path | None, typer.Option(help="Where to keep this run.")] = None,
     budget: Annotated[int, typer.Option(min=20, help="Rollouts that the search may spend.")] = 160,
     seed: Annotated[int, typer.Option(help="Of the split and the search.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
     """Watch an unmodified agent get better at naming capitals; exit 1 when the gate finds no proven gain."""
     stage = _stage(name, upstream_url, model, data_dir)
     report = run_demo(stage, budget, seed)
     Path("demo-report.json").write_text(json.dumps(report, indent=2) + "\n")
-    if as_json:
-        emit_json(report)
     if not report["promoted"]:
         console.print("[yellow]The gate found no proven gain, so nothing was promoted.[/]")
         raise typer.Exit(1)
