@@ -1,0 +1,1 @@
+"""Local models: the built-in engine, its adapters, and what trains them."""
