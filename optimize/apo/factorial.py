@@ -1,0 +1,491 @@
+"""Factorial prompt search: every paid rollout is one (random subset of parts, task) pair and informs every part in it.
+
+A hierarchical Bayesian model (`model.py`) turns the rollouts into beliefs about parts; Thompson draws choose the next
+subsets; proposers add parts as failures gather. No argmax over noisy candidates: the reported prompt is the subset with
+the highest posterior mean, and it is the seed itself until P(gain > 0) >= 0.9. What it reports is still an estimate on
+search tasks: promotion is for `optimize.gate`, on tasks that the search has not seen.
+
+Deterministic given the seed, the outcomes and the proposals; with the logged rows and proposals of a broken run it
+arrives at the same state without asking for one of them again.
+"""
+
+import hashlib
+import math
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from collector.errors import BadInput
+from optimize.apo.model import Array, Evidence, Model, Posterior, Priors
+from optimize.apo.parts import Part, cut, render
+from optimize.apo.pool import Limits, Pool, Subset
+from optimize.apo.proposers import Failure, Proposer, State
+from optimize.apo.templates import guard
+from optimize.budget import Budget
+from optimize.dataset import Task
+from optimize.evaluation import Outcome, Request
+
+Evaluate = Callable[[Sequence[Request]], Awaitable[list[Outcome]]]
+Stop = Literal["budget", "headroom", "no gain", "converged", "failures"]
+
+
+@dataclass(frozen=True)
+class Params:
+    """How to search. `budget` is in rollouts; rewards are meant to lie in about 0 to 1."""
+
+    budget: int = 400
+    seed: int = 0
+    init: int = 8  # rollouts of the seed before anything else
+    block: int | None = None  # rollouts between two fits; None: 4, then 8 from 200 rollouts, then 12 from 600
+    reps: int = 4  # tasks that see the same prompt in a row: caches of providers and of the store
+    edit_batch: int = 8  # failures shown to an editor at once
+    edit_every: int = 6  # rollouts between two calls at least, doubled up to 4 times while nothing new comes
+    edit_calls: int = 60
+    thompson: float = 0.7  # standard deviations of a draw, relative to the posterior's
+    success: float = 0.95  # rewards from here on are no failures to learn from
+    confident: float = 0.9  # P(gain > 0) from which a prompt other than the seed is reported
+    headroom: float = 0.95  # a seed with this mean reward has nothing to gain
+    headroom_rollouts: int = 20
+    worth: float = 0.03  # smallest gain worth searching for
+    stop_early: bool = True
+    stop_after: int = 80  # rollouts before a run may stop for want of gain
+    stop_loss: float = 0.02  # expected opportunity loss of stopping now
+    limits: Limits = field(default_factory=Limits)
+    priors: Priors = field(default_factory=Priors)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rollout as it is logged: enough to fit again, or to resume, without paying again."""
+
+    template_hash: str
+    task_id: str
+    replicate: int
+    subset: tuple[str, ...]
+    score: float
+    ok: bool
+    reason: str | None = None
+    answer: str = ""
+    feedback: str = ""
+    tokens: int | None = None
+    seconds: float = 0.0
+    paid: bool = True
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a search stands, after each block."""
+
+    rollouts: int
+    budget: int
+    parts: int
+    calls: int
+    gain: float
+    gain_sd: float
+    p_gain: float
+    best_template: str
+    recent: float  # mean reward of the last 20 rollouts
+    seconds: float
+    eta_seconds: float | None
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What is believed of one part: its value added to the reward, averaged over tasks."""
+
+    part: Part
+    mean: float
+    sd: float
+    p_helps: float
+    rollouts: int
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found. `best_*` is the seed itself while `p_gain` < `confident`; `leader_template` is what leads.
+
+    `gain` and `gain_sd`: posterior of the leader's reward less the seed's; `value`: the leader's expected reward.
+    `history`: (rollouts, gain, p_gain) after each fit. `rows` and `proposals` are what a resumed run needs.
+    """
+
+    seed_template: str
+    best_template: str
+    best_parts: tuple[Part, ...]
+    leader_template: str
+    value: float
+    gain: float
+    gain_sd: float
+    p_gain: float
+    rollouts: int
+    stop: Stop
+    reason: str
+    calls: int
+    parts: tuple[PartReport, ...]
+    rejected: tuple[tuple[str, str], ...]
+    history: tuple[tuple[int, float, float], ...]
+    rows: tuple[Row, ...]
+    proposals: tuple[tuple[Part, ...], ...]
+
+    @property
+    def changed(self) -> bool:
+        """Whether a prompt other than the seed is reported, so that a gate has something to judge."""
+        return self.best_template != self.seed_template
+
+
+async def search(
+    seed_template: str,
+    tasks: Sequence[Task],
+    evaluate: Evaluate,
+    propose: Proposer,
+    params: Params | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    rows: Sequence[Row] = (),
+    proposals: Sequence[Sequence[Part]] = (),
+    *,
+    budget: Budget | None = None,
+    train_texts: Sequence[str] = (),
+) -> SearchResult:
+    """Searches for the best subset of parts for `tasks`, which must hold no held-out task.
+
+    `evaluate` runs one block of rollouts concurrently and answers in order. `budget` (default: `params.budget`) is
+    reserved before each block and refunded for rollouts that were cached: overshoot is 0. `rows` and `proposals` of an
+    earlier, broken run are replayed instead of paid. `train_texts`: texts that no instruction may copy.
+
+    Raises BadInput for an empty task list or prompt. A broken agent ends the search early (`stop == "failures"`).
+    """
+    if not tasks:
+        raise BadInput("a search needs at least one task", param="tasks")
+    if not seed_template.strip():
+        raise BadInput("a search needs a prompt to start from", param="template")
+    params = params or Params()
+    run = _Search(seed_template, tasks, evaluate, propose, params, budget or Budget(params.budget))
+    run.replay = {(row.template_hash, row.task_id, row.replicate): row for row in rows}
+    run.replay_proposals = [list(batch) for batch in proposals]
+    run.on_progress = on_progress
+    run.train_texts = tuple(train_texts)
+    return await run.run()
+
+
+def template_hash(template: str) -> str:
+    """The first 12 hex digits of the template's sha256: the name under which its rollouts are stored."""
+    return hashlib.sha256(template.encode()).hexdigest()[:12]
+
+
+class _Search:
+    """The state of one search. Each method is one step of the loop in `run`."""
+
+    def __init__(
+        self,
+        seed: str,
+        tasks: Sequence[Task],
+        evaluate: Evaluate,
+        proposer: Proposer,
+        params: Params,
+        budget: Budget,
+    ) -> None:
+        self.seed, self.tasks, self.evaluate = seed, list(tasks), evaluate
+        self.proposer, self.params, self.budget = proposer, params, budget
+        self.replay: dict[tuple[str, str, int], Row] = {}
+        self.replay_proposals: list[list[Part]] = []
+        self.on_progress: Callable[[Progress], None] | None = None
+        self.train_texts: tuple[str, ...] = ()
+        self.rng = np.random.default_rng(params.seed)
+        self.evidence = Evidence(len(self.tasks))
+        skeleton, sentences = cut(seed)
+        self.pool = Pool(skeleton, sentences, self.evidence, params.limits)
+        self.model = Model(params.priors)
+        self.rows: list[Row] = []
+        self.subsets: list[Subset] = []
+        self.failures: list[tuple[Failure, Subset, int]] = []
+        self.proposals: list[tuple[Part, ...]] = []
+        self.calls = self.dry = self.paid = 0
+        self.last_call = 0
+        self.uses = np.zeros(len(self.tasks))
+        self.replicates: Counter[tuple[str, str]] = Counter()
+        self.history: list[tuple[int, float, float]] = []
+        self.index = {task.id: index for index, task in enumerate(self.tasks)}
+        self.own = _groups(self.tasks)
+        self.started = time.monotonic()
+        self.spent = False
+
+    async def run(self) -> SearchResult:
+        """The loop: seed rollouts, proposals, then fit, stop or draw, run, propose."""
+        stop = await self._start()
+        if stop is None:
+            await self._propose(self.pool.seed)
+        posterior = self._fit()
+        while stop is None:
+            leader = self.pool.best(posterior.mean)
+            self._report(posterior, leader)
+            stop = self._why_stop(posterior, leader)
+            if stop is not None:
+                break
+            await self._roll(self._design(posterior))
+            if self._proposal_due():
+                await self._propose(leader)
+            posterior = self._fit()
+        return self._result(posterior, *stop)
+
+    async def _start(self) -> tuple[Stop, str] | None:
+        """The seed's own rollouts, and the headroom check: more of them where all of the first were right."""
+        await self._roll([(self.pool.seed, task) for task in self._pick(self.params.init, frozenset(), self.pool.seed)])
+        if broken := self._broken():
+            return broken
+        more = self.params.headroom_rollouts - len(self.rows)
+        if self.params.stop_early and self._seed_mean() >= self.params.headroom and more > 0:
+            await self._roll([(self.pool.seed, task) for task in self._pick(more, frozenset(), self.pool.seed)])
+            if self._seed_mean() >= self.params.headroom:
+                mean = self._seed_mean()
+                return "headroom", f"the prompt already gets {mean:.2f} on {len(self.rows)} rollouts: nothing to gain"
+        return None
+
+    def _seed_mean(self) -> float:
+        return float(np.mean([row.score for row in self.rows])) if self.rows else 0.0
+
+    def _fit(self) -> Posterior:
+        return self.model.fit(self.evidence, self.pool.traits(len(self.tasks), self.params.priors))
+
+    def _block(self) -> int:
+        if self.params.block is not None:
+            return self.params.block
+        return 4 if len(self.rows) < 200 else 8 if len(self.rows) < 600 else 12
+
+    def _design(self, posterior: Posterior) -> list[tuple[Subset, int]]:
+        """The next block: Thompson subsets, each for up to `reps` of the least-used tasks."""
+        pairs: list[tuple[Subset, int]] = []
+        taken: set[int] = set()
+        while len(pairs) < self._block():
+            subset = self.pool.best(posterior.draw(self.rng, self.params.thompson))
+            count = min(self.params.reps, self._block() - len(pairs))
+            chosen = self._pick(count, frozenset(taken), subset)
+            taken.update(chosen)
+            pairs += [(self._fair(subset, task), task) for task in chosen]
+        return pairs
+
+    def _pick(self, count: int, taken: frozenset[int], subset: Subset) -> list[int]:
+        """`count` tasks, least used first, ties at random; tasks whose own example is in the subset come last."""
+        shown = {task for index in subset for task in self.pool.parts[index].tasks}
+        dice = self.rng.random(len(self.tasks))
+
+        def rank(task: int) -> tuple[bool, bool, float, float]:
+            return task in taken, self.tasks[task].id in shown, float(self.uses[task]), float(dice[task])
+
+        order = sorted(range(len(self.tasks)), key=rank)
+        chosen = [order[at % len(order)] for at in range(count)]
+        np.add.at(self.uses, chosen, 1)
+        return chosen
+
+    def _fair(self, subset: Subset, task: int) -> Subset:
+        """The subset without examples made from the task or its group: no task is examined on its own answer."""
+        return self.pool.without(subset, self.own[self.tasks[task].group])
+
+    async def _roll(self, pairs: Sequence[tuple[Subset, int]]) -> None:
+        """Runs a block, or takes it from the log; learns from what came back, in the order asked."""
+        asked = []
+        for subset, task in pairs:
+            template = self.pool.render(subset)
+            key = (template_hash(template), self.tasks[task].id)
+            request = Request(template, self.tasks[task], self.replicates[key], subset=self.pool.ids(subset))
+            self.replicates[key] += 1
+            asked.append((request, subset, task, self.replay.get((*key, request.replicate))))
+        granted = self.budget.reserve(sum(row is None or row.paid for *_, row in asked))
+        self.spent = self.spent or granted < len([1 for *_, row in asked if row is None or row.paid])
+        asked = _affordable(asked, granted)
+        outcomes = iter(await self._evaluated([request for request, _, _, row in asked if row is None]))
+        for request, subset, task, row in asked:
+            self._learn(row or self._row(request, next(outcomes)), subset, task)
+
+    async def _evaluated(self, requests: list[Request]) -> list[Outcome]:
+        if not requests:
+            return []
+        outcomes = await self.evaluate(requests)
+        self.budget.refund(sum(outcome.cached or outcome.reason == "budget" for outcome in outcomes))
+        return outcomes
+
+    def _row(self, request: Request, outcome: Outcome) -> Row:
+        return Row(
+            template_hash(request.template),
+            request.task.id,
+            request.replicate,
+            request.subset,
+            outcome.score if outcome.ok else 0.0,
+            outcome.ok,
+            outcome.reason,
+            outcome.answer,
+            outcome.feedback,
+            outcome.tokens,
+            outcome.seconds,
+            paid=not outcome.cached,
+        )
+
+    def _learn(self, row: Row, subset: Subset, task: int) -> None:
+        if row.reason == "budget":
+            self.spent = True
+            return
+        self.rows.append(row)
+        self.subsets.append(subset)
+        self.paid += row.paid
+        self.evidence.add(self.pool.features(subset), task, row.score)
+        if row.score < self.params.success:
+            feedback = row.feedback or (f"the rollout failed: {row.reason}" if not row.ok else "")
+            failure = Failure(self.tasks[task], row.answer, feedback, row.score, row.subset)
+            self.failures.append((failure, subset, task))
+
+    def _proposal_due(self) -> bool:
+        wait = self.params.edit_every * 2 ** min(self.dry // 2, 3)
+        return self.calls < self.params.edit_calls and len(self.rows) - self.last_call >= wait
+
+    async def _propose(self, subset: Subset) -> None:
+        """Asks for parts, with the newest failures where enough have gathered; guards them; counts citations."""
+        batch = self.failures[-self.params.edit_batch :] if len(self.failures) >= self.params.edit_batch else []
+        self.last_call = len(self.rows)
+        if self.replay_proposals:
+            proposed = self.replay_proposals.pop(0)
+        else:
+            proposed = await self.proposer.propose(self._state(subset, [failure for failure, _, _ in batch]))
+        self.proposals.append(tuple(proposed))
+        added, cited = self._harvest(proposed)
+        if batch:
+            self.calls += 1
+            self.dry = 0 if added else self.dry + 1
+            self.failures.clear()
+        for _, shown, task in batch:
+            self.pool.show(shown, task, [index for index, tasks in cited if self.tasks[task].id in tasks])
+
+    def _state(self, subset: Subset, failures: Sequence[Failure]) -> State:
+        return State(
+            self.seed, self.pool.render(subset), self.pool.ids(subset), tuple(self.pool.parts), tuple(failures)
+        )
+
+    def _harvest(self, proposed: Sequence[Part]) -> tuple[int, list[tuple[int, tuple[str, ...]]]]:
+        """Adds what passes the guard: how many were new, and `(index, cited task ids)` of all."""
+        added, cited = 0, []
+        for part in proposed:
+            reason = self._refusal(part)
+            if reason is not None:
+                self.pool.reject(part.text, reason)
+                continue
+            index, new = self.pool.add(replace(part, cites=()))
+            added += new
+            if index is not None:
+                cited.append((index, part.cites))
+        return added, cited
+
+    def _refusal(self, part: Part) -> str | None:
+        texts = () if part.kind == "demonstration" else self.train_texts
+        if part.kind == "rewrite":
+            return guard(self.seed, part.text, texts)
+        seed = [self.pool.parts[index] for index in self.pool.seed]
+        return guard(self.seed, render(self.pool.skeleton, [*seed, part]), texts)
+
+    def _gain(self, posterior: Posterior, subset: Subset) -> tuple[float, float, float]:
+        """Posterior mean, sd and P(> 0) of the subset's reward less the seed's."""
+        weights = self._weights(subset) - self._weights(self.pool.seed)
+        mean, sd = posterior.contrast(weights)
+        return mean, sd, _normal_cdf(mean / sd) if sd > 0 else float(mean > 0)
+
+    def _weights(self, subset: Subset) -> Array:
+        weights = np.zeros(self.evidence.features)
+        weights[self.pool.features(subset)] = 1.0
+        return weights
+
+    def _broken(self) -> tuple[Stop, str] | None:
+        """An agent that fails (crashes, times out, gives no reward) is not a prompt's fault: stop and say why."""
+        recent = self.rows[-24:]
+        failed = [row for row in self.rows if not row.ok]
+        bad = sum(not row.ok for row in recent)
+        if len(recent) < min(8, self.params.init) or bad < 0.75 * len(recent) or 2 * len(failed) < len(self.rows):
+            return None
+        why = Counter(row.reason or "no reason given" for row in failed).most_common(1)[0][0]
+        return "failures", f"{len(failed)} of {len(self.rows)} rollouts failed: {why}"
+
+    def _why_stop(self, posterior: Posterior, leader: Subset) -> tuple[Stop, str] | None:
+        if broken := self._broken():
+            return broken
+        if self.spent or self.budget.left == 0 or len(self.rows) >= 4 * max(1, self.budget.rollouts):
+            return "budget", f"{self.paid} rollouts are spent"
+        return None
+
+    def _report(self, posterior: Posterior, leader: Subset) -> None:
+        gain, sd, p_gain = self._gain(posterior, leader)
+        self.history.append((len(self.rows), gain, p_gain))
+        if self.on_progress is None:
+            return
+        seconds = time.monotonic() - self.started
+        held = self.seed if p_gain < self.params.confident else self.pool.render(leader)
+        self.on_progress(
+            Progress(
+                rollouts=self.paid,
+                budget=self.budget.rollouts,
+                parts=len(self.pool.parts),
+                calls=self.calls,
+                gain=gain,
+                gain_sd=sd,
+                p_gain=p_gain,
+                best_template=held,
+                recent=float(np.mean([row.score for row in self.rows[-20:]])) if self.rows else 0.0,
+                seconds=seconds,
+                eta_seconds=seconds / self.paid * self.budget.left if self.paid else None,
+            )
+        )
+
+    def _result(self, posterior: Posterior, stop: Stop, reason: str) -> SearchResult:
+        leader = self.pool.best(posterior.mean)
+        gain, sd, p_gain = self._gain(posterior, leader)
+        best = leader if p_gain >= self.params.confident and gain > 0 else self.pool.seed
+        return SearchResult(
+            seed_template=self.seed,
+            best_template=self.pool.render(best),
+            best_parts=tuple(self.pool.parts[index] for index in best),
+            leader_template=self.pool.render(leader),
+            value=posterior.base + posterior.contrast(self._weights(leader))[0],
+            gain=gain,
+            gain_sd=sd,
+            p_gain=p_gain,
+            rollouts=self.paid,
+            stop=stop,
+            reason=reason,
+            calls=self.calls,
+            parts=self._table(posterior, best),
+            rejected=tuple(self.pool.rejected),
+            history=tuple(self.history),
+            rows=tuple(self.rows),
+            proposals=tuple(self.proposals),
+        )
+
+    def _table(self, posterior: Posterior, best: Subset) -> tuple[PartReport, ...]:
+        reports = []
+        uses = Counter(index for subset in self.subsets for index in subset)
+        for index, part in enumerate(self.pool.parts):
+            weights = np.zeros(self.evidence.features)
+            weights[self.pool.feature(index)] = 1.0
+            mean, sd = posterior.contrast(weights)
+            reports.append(PartReport(part, mean, sd, _normal_cdf(mean / sd), uses[index], index in best))
+        return tuple(sorted(reports, key=lambda report: -report.mean))
+
+
+def _groups(tasks: Sequence[Task]) -> dict[str, frozenset[str]]:
+    groups: dict[str, set[str]] = {}
+    for task in tasks:
+        groups.setdefault(task.group, set()).add(task.id)
+    return {group: frozenset(ids) for group, ids in groups.items()}
+
+
+def _affordable(asked: list[Any], granted: int) -> list[Any]:
+    kept = []
+    for item in asked:
+        if item[-1] is None or item[-1].paid:
+            if granted == 0:
+                continue
+            granted -= 1
+        kept.append(item)
+    return kept
+
+
+def _normal_cdf(z: float) -> float:
+    return 0.5 * math.erfc(-z / math.sqrt(2.0))
