@@ -1,0 +1,58 @@
+"""`ratchet serve`: the flags, the block that says how to use it, and what went wrong where it can't start."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from collector.console import command
+
+if TYPE_CHECKING:
+    from collector.settings import Settings
+
+
+@command
+def serve(
+    config: Annotated[Path | None, typer.Option(help="YAML configuration; default: RATCHET_CONFIG, else none.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on (127.0.0.1).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on (4000); 0 picks a free one.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that serve calls (1).")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Journal, store and reports (./data).")] = None,
+    upstream: Annotated[
+        str | None, typer.Option(help="Where calls go that no model_list entry names (https://api.openai.com/v1).")
+    ] = None,
+) -> None:
+    """Serve the proxy and its collector. Point an agent's OPENAI_BASE_URL here; nothing else changes."""
+    from collector.settings import load
+    from proxy.supervisor import supervise
+
+    flags = {
+        "server.host": host,
+        "server.port": port,
+        "server.workers": workers,
+        "store.data_dir": str(data_dir) if data_dir else None,
+        "upstream.default": upstream,
+    }
+    settings = load(config, flags)
+    raise typer.Exit(supervise(settings, lambda url: announce(settings, url)))
+
+
+def announce(settings: "Settings", url: str) -> None:
+    """Print the one block that a user needs: where to point the agent, and what this server is set to."""
+    from rich.table import Table
+
+    from collector.console import console
+
+    keys = len(settings.server.keys)
+    rows = {
+        "OPENAI_BASE_URL": f"{url}/v1",
+        "upstream": settings.upstream.default,
+        "data": str(settings.store.data_dir.resolve()),
+        "keys": f"on ({keys})" if keys else "off (this machine only)",
+        "workers": str(settings.server.workers),
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(f"  {name}", value)
+    console.print("[bold]Ratchet serves.[/bold] Point your agent at it; Ctrl-C ends it.")
+    console.print(table, soft_wrap=True)
