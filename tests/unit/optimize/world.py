@@ -174,6 +174,9 @@ class World:
 
     def query(self, sql: str, limit: int = 10_000) -> dict[str, Any]:
         self._available()
+        if "from jobs" in sql:
+            jobs = [event for event in self.events_ if event["event"] == "job" and event["status"] == "cancelled"]
+            return {"columns": ["job_id", "ts_ns"], "rows": [[job["job_id"], job["ts_ns"]] for job in jobs]}
         self.queries += 1
         columns = ["episode_id", "steps", "input_tokens", "output_tokens", "reward"]
         names = list(dict.fromkeys(span["episode_id"] for span in reversed(self.spans_)))
