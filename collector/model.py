@@ -100,6 +100,12 @@ class Step:
     status: Status = "ok"
     start_ns: int = 0
     end_ns: int = 0
+    http_status: int | None = None
+    error_type: str | None = None
+    finish_reason: str | None = None
+    response_id: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    attributes: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,220 @@
+"""From sealed segments to rows: each segment exactly once, each line checked, what is broken set aside and counted."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import duckdb
+
+from collector import journal
+from collector.store import DATA_ERRORS, Segment, Store
+
+QUARANTINE = "quarantine"
+_BATCH_BYTES = 64 << 20
+_BATCH_SEGMENTS = 256
+_MARK = b',"crc":"'
+_CRC_BYTES = len(b',"crc":"00000000"}')
+_KIND_AT = len(b'{"event":"')
+_FRESH_SECONDS = 0.1  # a directory's time stamp is coarse: trust it only when it is older than this
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Counters:
+    """What the loader has done since it started. `lag_s` is the age of the oldest sealed segment not yet loaded."""
+
+    segments: int = 0
+    lines: int = 0
+    quarantined: int = 0
+    adopted: int = 0
+    errors: int = 0
+    lag_s: float = 0.0
+    last_error: str | None = None
+
+
+@dataclass
+class _Listing:
+    """The names in the directory when its time stamp was `stamp`."""
+
+    stamp: int = -1
+    sealed: list[str] = field(default_factory=list)
+    open: bool = False
+
+
+class Loader:
+    """Loads what is sealed in `directory` into `store`. Used by one thread at a time."""
+
+    def __init__(self, store: Store, directory: Path) -> None:
+        self.counters = Counters()
+        self._store = store
+        self._directory = Path(directory)
+        self._loaded = store.loaded()
+        self._listing = _Listing()
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether the segment of this name is in the store."""
+        return name in self._loaded
+
+    def adopt(self) -> int:
+        """Seal what dead writers left open; returns how many segments."""
+        if not self._list().open:
+            return 0
+        adopted = len(journal.adopt(self._directory))
+        self.counters.adopted += adopted
+        return adopted
+
+    def load_once(self) -> int:
+        """Load every sealed segment that is not in the store yet, oldest first; returns the number of lines.
+
+        A failure of the store is counted and the rest is left for the next time.
+        """
+        lines = 0
+        pending = [name for name in self._list().sealed if name not in self._loaded]
+        for names in _batches(pending):
+            try:
+                lines += self._load(names)
+            except (duckdb.Error, OSError) as error:
+                self._failed(error)
+                break
+        self._measure_lag()
+        return lines
+
+    def _list(self) -> _Listing:
+        """The directory's names, read only when it has changed."""
+        status = self._directory.stat()
+        if status.st_mtime_ns != self._listing.stamp:
+            names = sorted(os.listdir(self._directory))
+            sealed = [name.removesuffix(journal.SEALED) for name in names if name.endswith(journal.SEALED)]
+            still = time.time() - status.st_mtime > _FRESH_SECONDS
+            has_open = any(name.endswith(journal.OPEN) for name in names)
+            self._listing = _Listing(status.st_mtime_ns if still else -1, sealed, has_open)
+        return self._listing
+
+    def _load(self, names: Sequence[str]) -> int:
+        segments = [self._inspect(name) for name in names]
+        try:
+            self._store.load(segments)
+        except DATA_ERRORS as error:
+            if len(names) > 1:
+                return sum(self._load([name]) for name in names)
+            log.error("segment %s: a line does not fit the schema: %s", names[0], error)
+            segments = [self._salvage(segments[0])]
+            self._store.load(segments)
+        finally:
+            for segment in segments:
+                if segment.quarantined:
+                    segment.path.unlink(missing_ok=True)
+        self._loaded.update(names)
+        for segment in segments:
+            self.counters.segments += 1
+            self.counters.lines += segment.lines
+            self.counters.quarantined += segment.quarantined
+        return sum(segment.lines for segment in segments)
+
+    def _inspect(self, name: str) -> Segment:
+        """Check every line; with broken ones, they go to quarantine and a copy of the rest is to be loaded."""
+        path = self._directory / (name + journal.SEALED)
+        data = path.read_bytes()
+        good, bad = _sift(data)
+        segment = Segment(
+            name=name,
+            path=path,
+            lines=len(good),
+            bytes=len(data),
+            longest=max(map(len, good), default=0),
+            events=frozenset(map(kind, good)),
+        )
+        return self._set_aside(segment, good, bad) if bad else segment
+
+    def _set_aside(self, segment: Segment, good: Sequence[bytes], bad: Sequence[bytes]) -> Segment:
+        quarantine = self._directory / QUARANTINE
+        quarantine.mkdir(mode=0o700, exist_ok=True)
+        with (quarantine / f"{segment.name}.bad").open("ab" if segment.quarantined else "wb") as file:
+            file.writelines(line + b"\n" for line in bad)
+        clean = quarantine / f"{segment.name}.clean"
+        clean.write_bytes(b"".join(line + b"\n" for line in good))
+        log.error("segment %s: %d lines in quarantine", segment.name, len(bad))
+        return replace(
+            segment,
+            path=clean,
+            lines=len(good),
+            events=frozenset(map(kind, good)),
+            quarantined=segment.quarantined + len(bad),
+        )
+
+    def _salvage(self, segment: Segment) -> Segment:
+        """Find the lines that the schema refuses by halving, and set them aside too."""
+        lines = [line for line in segment.path.read_bytes().split(b"\n") if line.strip()]
+        refused = set(self._refused(segment, range(len(lines)), lines))
+        good = [line for index, line in enumerate(lines) if index not in refused]
+        return self._set_aside(segment, good, [lines[index] for index in sorted(refused)])
+
+    def _refused(self, segment: Segment, indices: Sequence[int], lines: Sequence[bytes]) -> Iterator[int]:
+        trial = self._directory / QUARANTINE / f"{segment.name}.trial"
+        trial.parent.mkdir(mode=0o700, exist_ok=True)
+        trial.write_bytes(b"".join(lines[index] + b"\n" for index in indices))
+        fits = self._store.fits(replace(segment, path=trial))
+        trial.unlink()
+        if fits:
+            return
+        if len(indices) == 1:
+            yield indices[0]
+            return
+        middle = len(indices) // 2
+        yield from self._refused(segment, indices[:middle], lines)
+        yield from self._refused(segment, indices[middle:], lines)
+
+    def _failed(self, error: Exception) -> None:
+        if self.counters.last_error != str(error):
+            log.error("loading failed, will be tried again: %s", error)
+        self.counters.errors += 1
+        self.counters.last_error = str(error)
+        if isinstance(error, (duckdb.FatalException, duckdb.InternalException)):
+            self._store.reopen()
+            self._loaded = self._store.loaded()
+
+    def _measure_lag(self) -> None:
+        pending = next((name for name in self._listing.sealed if name not in self._loaded), None)
+        self.counters.lag_s = 0.0
+        if pending is not None:
+            with contextlib.suppress(OSError):
+                sealed = (self._directory / (pending + journal.SEALED)).stat().st_mtime
+                self.counters.lag_s = round(max(0.0, time.time() - sealed), 3)
+
+
+def kind(line: bytes) -> str:
+    """The event of a line that `journal.encode` wrote, without parsing it."""
+    return line[_KIND_AT : line.index(b'"', _KIND_AT)].decode()
+
+
+def _sift(data: bytes) -> tuple[list[bytes], list[bytes]]:
+    """`(good, bad)` lines; a line is good when it ends in the checksum of itself. Blank ones were taken back."""
+    good: list[bytes] = []
+    bad: list[bytes] = []
+    for line in data.split(b"\n"):
+        raw, mark = line[:-_CRC_BYTES], line[-_CRC_BYTES:]
+        if mark == b'%b%08x"}' % (_MARK, crc32(raw)) and raw.startswith(b'{"event":"'):
+            good.append(line)
+        elif line.strip():
+            bad.append(line)
+    return good, bad
+
+
+def read_segment(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """`(events, broken lines)` of one segment, for verification."""
+    good, bad = _sift(path.read_bytes())
+    return [journal.decode(line) for line in good], len(bad)
+
+
+def _batches(names: Sequence[str]) -> Iterator[list[str]]:
+    """Some segments at a time: one transaction each, bounded in what may have to be read again."""
+    size = min(_BATCH_SEGMENTS, max(1, _BATCH_BYTES // (4 << 20)))
+    for start in range(0, len(names), size):
+        yield list(names[start : start + size])

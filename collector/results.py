@@ -1,0 +1,81 @@
+"""Results of queries: Arrow inside, JSON-safe values or an Arrow IPC stream outside."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import pyarrow as pa
+
+ARROW = "application/vnd.apache.arrow.stream"
+_BATCH_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Table:
+    """At most the asked number of rows; `truncated` says that there were more."""
+
+    data: pa.Table
+    truncated: bool
+
+    def json(self) -> dict[str, Any]:
+        """{"columns": [...], "rows": [[...]], "truncated"}: no NaN, dates and decimals as text."""
+        columns = [_column(column) for column in self.data.columns]
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        return {"columns": self.data.column_names, "rows": rows, "truncated": self.truncated}
+
+    def arrow(self) -> bytes:
+        """An Arrow IPC stream."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.data.schema) as writer:
+            writer.write_table(self.data)
+        return bytes(sink.getvalue())
+
+
+def collect(relation: Any, limit: int) -> Table:
+    """The first `limit` rows of a DuckDB relation, read as they come."""
+    reader = relation.limit(limit + 1).to_arrow_reader(_BATCH_ROWS)
+    data = pa.Table.from_batches(reader, reader.schema)
+    return Table(data.slice(0, limit), data.num_rows > limit)
+
+
+def parsed(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The row with the JSON text of the named columns parsed."""
+    found = dict(row)
+    for name in names:
+        if isinstance(found.get(name), str):
+            found[name] = orjson.loads(found[name])
+    return found
+
+
+def _column(column: pa.ChunkedArray) -> list[Any]:
+    convert = _converter(column.type)
+    if convert is None:
+        return list(column.to_pylist())
+    if convert is str:  # by Arrow itself: Python knows no nanoseconds and not every time zone
+        return list(column.cast(pa.string()).to_pylist())
+    return [convert(value) for value in column.to_pylist()]
+
+
+def _converter(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_string(kind):
+        return None
+    if pa.types.is_temporal(kind) and not pa.types.is_interval(kind):
+        return str
+    return safe
+
+
+def safe(value: Any) -> Any:
+    """`value` as JSON can hold it: NaN and infinities are null, bytes hex, whatever else JSON lacks is text."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (bytes, bytearray)):
+        return value.hex()
+    if isinstance(value, Mapping):
+        return {str(key): safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [safe(item) for item in value]
+    return str(value)

@@ -1,0 +1,181 @@
+-- The projection: tables filled by INSERT only, without keys and secondary indexes; readers use the views (*_v).
+-- Everything here can be rebuilt from the journal. When this text changes, the store is rebuilt at the next start.
+
+-- Tables
+
+CREATE TABLE IF NOT EXISTS _meta (key VARCHAR, value VARCHAR);
+
+-- A journal segment is loaded if and only if its name is here: both are written in one transaction.
+CREATE TABLE IF NOT EXISTS _segments (name VARCHAR, lines BIGINT, quarantined BIGINT, bytes BIGINT, loaded_ns BIGINT);
+
+CREATE TABLE IF NOT EXISTS reward_weights (name VARCHAR, weight DOUBLE);
+
+CREATE TABLE IF NOT EXISTS spans (
+  span_id VARCHAR, trace_id VARCHAR, parent_span_id VARCHAR, episode_id VARCHAR, episode_source VARCHAR,
+  source VARCHAR, operation VARCHAR, route VARCHAR, start_ns BIGINT, end_ns BIGINT, ttft_ms DOUBLE, attempts INTEGER,
+  status VARCHAR, http_status INTEGER, error_type VARCHAR, provider VARCHAR, request_model VARCHAR,
+  response_model VARCHAR, response_id VARCHAR, finish_reason VARCHAR, stream BOOLEAN, temperature DOUBLE,
+  top_p DOUBLE, max_tokens BIGINT, seed BIGINT, input_tokens BIGINT, output_tokens BIGINT, cached_tokens BIGINT,
+  cost_usd DOUBLE, prompt_slot VARCHAR, prompt_version INTEGER, prompt_candidate VARCHAR, adapter_slot VARCHAR,
+  adapter_version INTEGER, propensity DOUBLE, request_bytes BIGINT, response_bytes BIGINT
+);
+
+CREATE TABLE IF NOT EXISTS payloads (
+  span_id VARCHAR, episode_id VARCHAR, start_ns BIGINT,
+  input_messages VARCHAR USING COMPRESSION zstd, output_messages VARCHAR USING COMPRESSION zstd,
+  tools VARCHAR USING COMPRESSION zstd, token_ids VARCHAR USING COMPRESSION zstd,
+  logprobs VARCHAR USING COMPRESSION zstd, attributes VARCHAR USING COMPRESSION zstd
+);
+
+CREATE TABLE IF NOT EXISTS rewards (
+  reward_id VARCHAR, target_kind VARCHAR, target_id VARCHAR, name VARCHAR, value DOUBLE, label VARCHAR,
+  explanation VARCHAR, source VARCHAR, idempotency_key VARCHAR, ts_ns BIGINT
+);
+
+CREATE TABLE IF NOT EXISTS versions (
+  slot VARCHAR, version INTEGER, kind VARCHAR, hash VARCHAR, template VARCHAR, base_model VARCHAR, path VARCHAR,
+  match VARCHAR, parent INTEGER, job_id VARCHAR, note VARCHAR, metrics VARCHAR, created_ns BIGINT
+);
+
+CREATE TABLE IF NOT EXISTS candidates (slot VARCHAR, candidate VARCHAR, template VARCHAR, ts_ns BIGINT);
+
+CREATE TABLE IF NOT EXISTS deployments (
+  revision BIGINT, slot VARCHAR, action VARCHAR, arms VARCHAR, evidence VARCHAR, job_id VARCHAR, note VARCHAR,
+  ts_ns BIGINT
+);
+
+CREATE TABLE IF NOT EXISTS evaluations (
+  evaluation_id VARCHAR, job_id VARCHAR, slot VARCHAR, version_hash VARCHAR, task_id VARCHAR, replicate INTEGER,
+  arm VARCHAR, subset VARCHAR, episode_id VARCHAR, reward DOUBLE, ok BOOLEAN, reason VARCHAR, answer VARCHAR,
+  seconds DOUBLE, input_tokens BIGINT, output_tokens BIGINT, calls BIGINT, model VARCHAR, ts_ns BIGINT
+);
+
+CREATE TABLE IF NOT EXISTS jobs (
+  job_id VARCHAR, kind VARCHAR, slot VARCHAR, status VARCHAR, spec VARCHAR, progress VARCHAR, result VARCHAR,
+  ts_ns BIGINT
+);
+
+-- Journal segments as rows: files is a list of paths, size the longest line that may occur
+
+CREATE OR REPLACE MACRO journal_spans(files, size) AS TABLE
+SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
+  event: 'VARCHAR', span_id: 'VARCHAR', trace_id: 'VARCHAR', parent_span_id: 'VARCHAR', episode_id: 'VARCHAR',
+  episode_source: 'VARCHAR', source: 'VARCHAR', operation: 'VARCHAR', route: 'VARCHAR', start_ns: 'BIGINT',
+  end_ns: 'BIGINT', ttft_ms: 'DOUBLE', attempts: 'INTEGER', status: 'VARCHAR', http_status: 'INTEGER',
+  error_type: 'VARCHAR', provider: 'VARCHAR', request_model: 'VARCHAR', response_model: 'VARCHAR',
+  response_id: 'VARCHAR', finish_reason: 'VARCHAR', stream: 'BOOLEAN', temperature: 'DOUBLE', top_p: 'DOUBLE',
+  max_tokens: 'BIGINT', seed: 'BIGINT', input_tokens: 'BIGINT', output_tokens: 'BIGINT', cached_tokens: 'BIGINT',
+  cost_usd: 'DOUBLE', prompt_slot: 'VARCHAR', prompt_version: 'INTEGER', prompt_candidate: 'VARCHAR',
+  adapter_slot: 'VARCHAR', adapter_version: 'INTEGER', propensity: 'DOUBLE', request_bytes: 'BIGINT',
+  response_bytes: 'BIGINT'
+}) WHERE event = 'span';
+
+CREATE OR REPLACE MACRO journal_payloads(files, size) AS TABLE
+SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
+  event: 'VARCHAR', span_id: 'VARCHAR', episode_id: 'VARCHAR', start_ns: 'BIGINT', input_messages: 'VARCHAR',
+  output_messages: 'VARCHAR', tools: 'VARCHAR', token_ids: 'VARCHAR', logprobs: 'VARCHAR', attributes: 'VARCHAR'
+}) WHERE event = 'span';
+
+CREATE OR REPLACE MACRO journal_rewards(files, size) AS TABLE
+SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
+  event: 'VARCHAR', reward_id: 'VARCHAR', target_kind: 'VARCHAR', target_id: 'VARCHAR', name: 'VARCHAR',
+  value: 'DOUBLE', label: 'VARCHAR', explanation: 'VARCHAR', source: 'VARCHAR', idempotency_key: 'VARCHAR',
+  ts_ns: 'BIGINT'
+}) WHERE event = 'reward';
+
+CREATE OR REPLACE MACRO journal_versions(files, size) AS TABLE
+SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
+  event: 'VARCHAR', slot: 'VARCHAR', version: 'INTEGER', kind: 'VARCHAR', hash: 'VARCHAR', template: 'VARCHAR',
+  base_model: 'VARCHAR', path: 'VARCHAR', match: 'VARCHAR', parent: 'INTEGER', job_id: 'VARCHAR', note: 'VARCHAR',
+  metrics: 'VARCHAR', created_ns: 'BIGINT'
+}) WHERE event = 'version';
+
+CREATE OR REPLACE MACRO journal_candidates(files, size) AS TABLE
+SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
+  event: 'VARCHAR', slot: 'VARCHAR', candidate: 'VARCHAR', template: 'VARCHAR', ts_ns: 'BIGINT'
+}) WHERE event = 'candidate';
+
+CREATE OR REPLACE MACRO journal_deployments(files, size) AS TABLE
+SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
+  event: 'VARCHAR', revision: 'BIGINT', slot: 'VARCHAR', action: 'VARCHAR', arms: 'VARCHAR', evidence: 'VARCHAR',
+  job_id: 'VARCHAR', note: 'VARCHAR', ts_ns: 'BIGINT'
+}) WHERE event = 'deployment';
+
+CREATE OR REPLACE MACRO journal_evaluations(files, size) AS TABLE
+SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
+  event: 'VARCHAR', evaluation_id: 'VARCHAR', job_id: 'VARCHAR', slot: 'VARCHAR', version_hash: 'VARCHAR',
+  task_id: 'VARCHAR', replicate: 'INTEGER', arm: 'VARCHAR', subset: 'VARCHAR', episode_id: 'VARCHAR',
+  reward: 'DOUBLE', ok: 'BOOLEAN', reason: 'VARCHAR', answer: 'VARCHAR', seconds: 'DOUBLE', input_tokens: 'BIGINT',
+  output_tokens: 'BIGINT', calls: 'BIGINT', model: 'VARCHAR', ts_ns: 'BIGINT'
+}) WHERE event = 'evaluation';
+
+CREATE OR REPLACE MACRO journal_jobs(files, size) AS TABLE
+SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
+  event: 'VARCHAR', job_id: 'VARCHAR', kind: 'VARCHAR', slot: 'VARCHAR', status: 'VARCHAR', spec: 'VARCHAR',
+  progress: 'VARCHAR', result: 'VARCHAR', ts_ns: 'BIGINT'
+}) WHERE event = 'job';
+
+-- Views
+
+CREATE OR REPLACE VIEW spans_v AS
+SELECT s.*,
+  CAST(row_number() OVER (PARTITION BY s.episode_id ORDER BY s.start_ns, s.span_id) - 1 AS INTEGER) AS step,
+  p.input_messages, p.output_messages, p.tools, p.token_ids, p.logprobs, p.attributes
+FROM spans s LEFT JOIN payloads p USING (span_id);
+
+-- Where each reward belongs. Of several spans with one response id or trace id the latest counts.
+CREATE OR REPLACE VIEW rewards_v AS
+WITH
+by_span AS (
+  SELECT r.reward_id, s.episode_id, s.span_id
+  FROM rewards r JOIN spans s ON s.span_id = r.target_id WHERE r.target_kind = 'span'
+),
+by_response AS (
+  SELECT r.reward_id, s.episode_id, s.span_id
+  FROM rewards r JOIN spans s ON s.response_id = r.target_id WHERE r.target_kind = 'response'
+  QUALIFY row_number() OVER (PARTITION BY r.reward_id ORDER BY s.start_ns DESC, s.span_id DESC) = 1
+),
+by_trace AS (
+  SELECT r.reward_id, s.episode_id, CAST(NULL AS VARCHAR) AS span_id
+  FROM rewards r JOIN spans s ON s.trace_id = r.target_id WHERE r.target_kind = 'trace'
+  QUALIFY row_number() OVER (PARTITION BY r.reward_id ORDER BY s.start_ns DESC, s.span_id DESC) = 1
+),
+found AS (FROM by_span UNION ALL FROM by_response UNION ALL FROM by_trace)
+SELECT r.reward_id, r.target_kind, r.target_id,
+  CASE WHEN r.target_kind = 'episode' THEN r.target_id ELSE f.episode_id END AS episode_id,
+  f.span_id, r.name, r.value, r.label, r.explanation, r.source, r.idempotency_key, r.ts_ns
+FROM rewards r LEFT JOIN found f USING (reward_id);
+
+-- Per target and name the latest value counts; weighted values of an episode and its spans are summed.
+CREATE OR REPLACE VIEW episode_rewards_v AS
+WITH latest AS (
+  SELECT episode_id, name, value FROM rewards_v
+  QUALIFY row_number() OVER (PARTITION BY target_kind, target_id, name ORDER BY ts_ns DESC, reward_id DESC) = 1
+)
+SELECT l.episode_id, sum(l.value * w.weight) AS reward
+FROM latest l JOIN reward_weights w USING (name) WHERE l.episode_id IS NOT NULL GROUP BY l.episode_id;
+
+CREATE OR REPLACE VIEW episodes_v AS
+WITH calls AS (
+  SELECT episode_id, min(start_ns) AS start_ns, max(end_ns) AS end_ns, CAST(count(*) AS INTEGER) AS steps,
+    CAST(sum(input_tokens) AS BIGINT) AS input_tokens, CAST(sum(output_tokens) AS BIGINT) AS output_tokens,
+    sum(cost_usd) AS cost_usd, CAST(count(*) FILTER (status <> 'ok') AS INTEGER) AS errors,
+    arg_min({'slot': prompt_slot, 'version': prompt_version, 'candidate': prompt_candidate}, start_ns)
+      FILTER (prompt_slot IS NOT NULL) AS prompt
+  FROM spans GROUP BY episode_id
+)
+SELECT c.* EXCLUDE (prompt), r.reward, c.prompt.slot AS prompt_slot, c.prompt.version AS prompt_version,
+  c.prompt.candidate AS prompt_candidate
+FROM calls c LEFT JOIN episode_rewards_v r USING (episode_id);
+
+CREATE OR REPLACE VIEW versions_v AS
+SELECT slot, version, kind, hash, parent, created_ns, job_id, note, template, base_model, path, match, metrics
+FROM versions;
+
+CREATE OR REPLACE VIEW deployments_v AS
+SELECT revision, slot, action, arms, evidence, job_id, note, ts_ns FROM deployments;
+
+CREATE OR REPLACE VIEW jobs_v AS
+SELECT * FROM jobs QUALIFY row_number() OVER (PARTITION BY job_id ORDER BY ts_ns DESC, rowid DESC) = 1;
+
+CREATE OR REPLACE VIEW evaluations_v AS SELECT * FROM evaluations;
