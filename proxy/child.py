@@ -165,10 +165,11 @@ class Child:
                 _echo(data)
 
     async def _pump_words(self, stream: asyncio.StreamReader | None) -> None:
-        while stream is not None and (data := await stream.read(65536)):
-            if data.startswith(READY):
-                self.said_ready.set()
-                data = data.removeprefix(READY)
+        if stream is None:
+            return
+        if await stream.readline() == READY:
+            self.said_ready.set()
+        while data := await stream.read(65536):
             _echo(data)
 
     async def _drain_pumps(self) -> None:
