@@ -1,6 +1,6 @@
 """Agents in several frameworks, each with nothing changed but the base URL, become episodes with rewards.
 
-The upstream is scripted: the first call of a conversation is answered by a tool call, the next by text. Each agent makes
+The upstream is scripted: it answers the first call of a conversation by a tool call, the next by text. Each agent makes
 two calls, and both belong to one episode though no client sends any header of ours.
 """
 
