@@ -36,7 +36,7 @@ def test_the_page_carries_the_verdict_and_its_numbers() -> None:
     assert verdict.decision == "promote"
     for number in (f"{verdict.before:.3f}", f"{verdict.after:.3f}", f"{verdict.diff:+.3f}", f"{verdict.ci95[0]:+.3f}"):
         assert number in text
-    assert "9 better, 0 worse" in text
+    assert "10 better, 0 worse" in text
 
 
 def test_what_users_and_models_wrote_is_escaped() -> None:
