@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from optimize.apo.parts import Part, cut, make, same_as, words
-from optimize.apo.proposers import Failure, State
+from optimize.apo.state import Failure, State
 
 log = logging.getLogger(__name__)
 

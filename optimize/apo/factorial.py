@@ -23,7 +23,7 @@ from collector.errors import BadInput
 from optimize.apo.model import Array, Evidence, Model, Posterior, Priors
 from optimize.apo.parts import Part, cut, render
 from optimize.apo.pool import Limits, Pool, Subset
-from optimize.apo.proposers import Failure, Proposer, State
+from optimize.apo.state import Failure, Proposer, State
 from optimize.apo.templates import guard
 from optimize.budget import Budget
 from optimize.dataset import Task
