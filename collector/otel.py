@@ -3,7 +3,7 @@
 Source: open-telemetry/semantic-conventions-genai (development status), attribute registry `gen_ai.*`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -66,6 +66,13 @@ def span(row: Mapping[str, Any]) -> dict[str, Any]:
         "attributes": [{"key": key, "value": _value(value)} for key, value in attributes(row).items()],
         "status": {"code": 2, "message": row.get("error_type") or ""} if failed else {"code": 1},
     }
+
+
+def request(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows of `spans_v` as the body of an OTLP/HTTP export in JSON."""
+    scope = {"scope": {"name": "ratchet"}, "spans": [span(row) for row in rows]}
+    resource = {"attributes": [{"key": "service.name", "value": {"stringValue": "ratchet"}}]}
+    return {"resourceSpans": [{"resource": resource, "scopeSpans": [scope]}]}
 
 
 def _value(value: Any) -> dict[str, Any]:

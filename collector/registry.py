@@ -58,7 +58,7 @@ class Registry:
         self._slots: dict[str, _Slot] = {}
         self._log: list[Deployment] = []
         self._snapshot: dict[str, Any] | None = None
-        self.serial = 0  # counts every applied event, versions included
+        self.serial = 0  # counts every change of the snapshot: deployments, and versions that are not live yet
         for event, fields in events:
             self.apply(event, fields)
 
@@ -123,7 +123,7 @@ class Registry:
     # Commands
 
     def add_version(self, version: Version) -> tuple[int, list[Event]]:
-        """`(number, events)` of a version whose own number is ignored; no events when its content is known.
+        """`(number, events)` of a version whose own number is ignored; content that is known keeps its number.
 
         The first version of a prompt slot is deployed at once: it is the agent's own text, so nothing changes.
         Raises BadInput (name, kind, match, parent) and Conflict (the slot is of another kind).
@@ -135,13 +135,13 @@ class Registry:
             raise Conflict(f"slot {version.slot} holds {known.kind} versions", param="kind")
         if version.parent is not None and not 1 <= version.parent <= len(known.versions):
             raise BadInput(f"parent: slot {version.slot} has no version {version.parent}", param="parent")
-        for other in known.versions:
-            if other.hash == version.hash:
-                return other.version, []
-        number = len(known.versions) + 1
-        events: list[Event] = [("version", {**asdict(version), "version": number})]
+        number = next((other.version for other in known.versions if other.hash == version.hash), None)
+        events: list[Event] = []
+        if number is None:
+            number = len(known.versions) + 1
+            events.append(("version", {**asdict(version), "version": number}))
         if version.kind == "prompt" and not known.arms:
-            events.append(self._initial(version.slot, number, version.created_ns))
+            events.append(self._initial(version.slot, 1, version.created_ns))
         return number, events
 
     def missing_initial(self, now_ns: int) -> list[Event]:
@@ -212,12 +212,13 @@ class Registry:
 
     def apply(self, event: str, fields: Mapping[str, Any]) -> None:
         """Fold one stored event; an event that was folded before changes nothing."""
-        self._snapshot = None
-        self.serial += 1
         slot = self._slots.setdefault(fields["slot"], _Slot())
         if event == "candidate":
             slot.candidates[fields["candidate"]] = fields["template"]
-        elif event == "version" and fields["version"] == len(slot.versions) + 1:
+            return
+        self._snapshot = None
+        self.serial += 1
+        if event == "version" and fields["version"] == len(slot.versions) + 1:
             slot.versions.append(Version(**{key: fields[key] for key in Version.__slots__ if key in fields}))
         elif event == "deployment" and fields["revision"] > self.revision:
             self._deploy(slot, Deployment(**{**_known(fields), "arms": _arms(fields["arms"])}))

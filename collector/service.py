@@ -1,0 +1,393 @@
+"""The collector itself, without HTTP: journal, loader, store and registry behind one object.
+
+`api.py` serves it, `client.Local` uses it in place. Every method may be called from any thread.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from collector import adapters, bodies, episodes, journal, otel, registry, results, rewards
+from collector.errors import BadInput, Conflict, NotFound, Unavailable
+from collector.loader import Loader
+from collector.model import Version
+from collector.settings import Settings
+from collector.store import Store
+
+LOCK_FILE = "collector.lock"
+DATABASE = "ratchet.duckdb"
+JOURNAL = "journal"
+SNAPSHOT = "deployments.json"
+MAX_PAGE = 500
+_TICK_SECONDS = 0.2
+_ADOPT_SECONDS = 1.0
+_DISK_SECONDS = 30.0
+_FLUSH_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class DirectoryLock:
+    """One collector per data directory; held until `release` or the end of the process."""
+
+    def __init__(self, data_dir: Path) -> None:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._fd = os.open(data_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise Conflict(
+                f"a server is using {data_dir}; stop it, or ask it with --url", code="store_in_use"
+            ) from None
+
+    def release(self) -> None:
+        """Let the next one in."""
+        os.close(self._fd)
+
+
+class Collector:
+    """The running collector of one data directory. Raises Conflict when another one holds it.
+
+    With `background`, a thread loads sealed segments as they appear; without, only `flush` and `close` load.
+    """
+
+    def __init__(self, settings: Settings, *, background: bool = True) -> None:
+        self.settings = settings
+        self.data_dir = settings.store.data_dir
+        self.started_ns = time.time_ns()
+        self._lock = threading.RLock()  # the registry: check, journal, apply as one step
+        self._loading = threading.Lock()
+        self._stop = threading.Event()
+        self._listeners: list[Callable[[], object]] = []
+        self._closed = False
+        with contextlib.ExitStack() as undo:
+            lock = DirectoryLock(self.data_dir)
+            undo.callback(lock.release)
+            directory = self.data_dir / JOURNAL
+            directory.mkdir(mode=0o700, exist_ok=True)
+            self.store = Store(self.data_dir / DATABASE, directory, settings.store, settings.rewards.weights)
+            undo.callback(self.store.close)
+            self.loader = Loader(self.store, directory)
+            self._catch_up()
+            self.registry = registry.Registry(self.store.registry_events())
+            self.journal = journal.Journal(directory, "collector")
+            undo.callback(self.journal.close)
+            self._ensure_slots()
+            self._undo = undo.pop_all()
+        self._thread = threading.Thread(target=self._run, name="loader", daemon=True) if background else None
+        if self._thread is not None:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Seal, load what is left, write a checkpoint, release the directory. Twice is once."""
+        if self._closed:
+            return
+        self._closed = True
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.journal.close()
+        self._catch_up()
+        self._undo.close()
+
+    # Loading
+
+    def _run(self) -> None:
+        adopted = 0.0
+        while not self._stop.wait(_TICK_SECONDS):
+            try:
+                with self._loading:
+                    if time.monotonic() - adopted >= _ADOPT_SECONDS:
+                        adopted = time.monotonic()
+                        self.loader.adopt()
+                    self.loader.load_once()
+            except Exception:  # the boundary of the loader thread: it must outlive whatever a disk or an engine does
+                log.exception("the loader failed; it goes on")
+
+    def _catch_up(self) -> None:
+        with self._loading:
+            self.loader.adopt()
+            self.loader.load_once()
+
+    def flush(self) -> dict[str, int]:
+        """Wait (<= 5 s) until what any process had journalled before the call is loaded: {"loaded", "pending"}."""
+        self.journal.seal()
+        wanted = self._waiting()
+        total = len(wanted)
+        deadline = time.monotonic() + _FLUSH_SECONDS
+        while wanted and time.monotonic() < deadline:
+            self._catch_up()
+            wanted = {name for name in wanted & self._waiting() if not self.loader.is_loaded(name)}
+            if wanted and self._stop.wait(0.02):
+                break
+        return {"loaded": total - len(wanted), "pending": len(wanted)}
+
+    def _waiting(self) -> set[str]:
+        """Names of segments with lines that are not loaded, sealed or not."""
+        found: set[str] = set()
+        with os.scandir(self.data_dir / JOURNAL) as entries:
+            for entry in entries:
+                name, dot, suffix = entry.name.rpartition(".")
+                if dot + suffix in (journal.OPEN, journal.SEALED) and not self.loader.is_loaded(name):
+                    found.add(name)
+        return found
+
+    # Registry
+
+    def on_change(self, listener: Callable[[], object]) -> Callable[[], None]:
+        """Call `listener` after each change of the registry, in the thread that made it; returns how to stop that."""
+        self._listeners.append(listener)
+
+        def stop() -> None:
+            with contextlib.suppress(ValueError):
+                self._listeners.remove(listener)
+
+        return stop
+
+    def snapshot(self) -> dict[str, Any]:
+        """The registry as proxies need it."""
+        with self._lock:
+            return self.registry.snapshot()
+
+    def slots(self) -> list[dict[str, Any]]:
+        """Every slot with what is live."""
+        with self._lock:
+            return self.registry.slots()
+
+    def versions(self, slot: str) -> list[dict[str, Any]]:
+        """The versions of a slot. Raises NotFound."""
+        with self._lock:
+            return self.registry.versions(slot)
+
+    def version(self, slot: str, version: int) -> dict[str, Any]:
+        """One version. Raises NotFound."""
+        with self._lock:
+            return self.registry.version(slot, version)
+
+    def candidate(self, slot: str, candidate: str) -> str:
+        """The template of a candidate. Raises NotFound."""
+        with self._lock:
+            return self.registry.candidate(slot, candidate)
+
+    def deployments(self, slot: str | None = None) -> list[dict[str, Any]]:
+        """The audit log, ascending."""
+        with self._lock:
+            return self.registry.log(slot)
+
+    def add_version(self, slot: str, body: bodies.VersionBody) -> dict[str, Any]:
+        """Register a version: {"slot", "version", "hash"}, once on disk. Raises BadInput, Conflict, Unavailable."""
+        version = Version(
+            slot=slot, version=0, hash=self._hash(body), created_ns=time.time_ns(), **body.model_dump(mode="python")
+        )
+        with self._lock:
+            number, events = self.registry.add_version(version)
+            self._commit(events)
+        return {"slot": slot, "version": number, "hash": version.hash}
+
+    def _hash(self, body: bodies.VersionBody) -> str:
+        if body.kind == "prompt":
+            if body.path is not None or body.base_model is not None:
+                raise BadInput("path: belongs to adapter versions", param="path" if body.path else "base_model")
+            return registry.template_hash(body.template or "")
+        if body.template is not None:
+            raise BadInput("template: belongs to prompt versions", param="template")
+        if not body.path or not body.base_model:
+            raise BadInput("an adapter version needs `base_model` and `path`", param="path")
+        return adapters.content_hash(body.path, body.base_model, self.data_dir / "adapters")
+
+    def add_candidate(self, slot: str, template: str) -> str:
+        """Register a prompt under search; returns its id once on disk."""
+        with self._lock:
+            candidate, events = self.registry.add_candidate(slot, template, time.time_ns())
+            self._commit(events)
+        return candidate
+
+    def promote(self, slot: str, body: bodies.PromoteBody) -> int:
+        """Deploy; returns the revision once on disk. Raises NotFound, BadInput, Conflict, Unavailable."""
+        with self._lock:
+            events = self.registry.promote(
+                slot,
+                body.version,
+                body.traffic,
+                time.time_ns(),
+                evidence=body.evidence,
+                job_id=body.job_id,
+                note=body.note,
+            )
+            self._commit(events)
+            return self.registry.revision
+
+    def rollback(self, slot: str, body: bodies.DecisionBody) -> int:
+        """Back to the arms before the last promote; returns the revision once on disk."""
+        with self._lock:
+            events = self.registry.rollback(
+                slot, time.time_ns(), evidence=body.evidence, job_id=body.job_id, note=body.note
+            )
+            self._commit(events)
+            return self.registry.revision
+
+    def _commit(self, events: list[registry.Event]) -> None:
+        """Journal, wait for the disk, only then apply, publish and tell."""
+        before = self.registry.serial
+        futures = [self.journal.append_durable(event, fields) for event, fields in events]
+        try:
+            for (event, fields), future in zip(events, futures, strict=True):
+                _await([future])
+                self.registry.apply(event, fields)
+        finally:  # also when a later event failed: what is on disk is so
+            if self.registry.serial != before:
+                self._publish()
+                for listener in list(self._listeners):
+                    listener()
+
+    def _publish(self) -> None:
+        """Leave the snapshot in a file, from which a worker starts when the collector is down."""
+        path = self.data_dir / SNAPSHOT
+        temporary = path.with_name(f".{SNAPSHOT}.tmp")
+        try:
+            temporary.write_bytes(orjson.dumps(self.registry.snapshot()))
+            temporary.chmod(0o600)
+            temporary.replace(path)
+        except OSError as error:  # a copy for convenience: the journal has the truth
+            log.error("cannot write %s: %s", path, error)
+
+    def _ensure_slots(self) -> None:
+        """Prompts of the configuration become versions; one that changed there becomes a further version, not live."""
+        with self._lock:
+            self._commit(self.registry.missing_initial(time.time_ns()))
+            self._publish()
+        for name, slot in self.settings.slots.items():
+            match = slot.match.model_dump(exclude_none=True)
+            self.add_version(
+                name, bodies.VersionBody(template=slot.template, match=match, note="from the configuration")
+            )
+
+    # Writing
+
+    def reward(self, body: Any) -> dict[str, Any] | list[dict[str, Any]]:
+        """POST /reward: ids once on disk. Raises BadInput that names the field, Unavailable."""
+        parsed = rewards.parse(body, time.time_ns())
+        _await([self.journal.append_durable("reward", reward) for reward in parsed])
+        ids = [{"reward_id": reward.reward_id} for reward in parsed]
+        return ids if isinstance(body, list) else ids[0]
+
+    def events(self, body: Any) -> int:
+        """Journal `job` and `evaluation` events; returns how many, once on disk. Raises BadInput, Unavailable."""
+        parsed = bodies.events(body)
+        _await([self.journal.append_durable(one.event, one.model_dump(exclude={"event"})) for one in parsed])
+        return len(parsed)
+
+    # Reading
+
+    def episodes(self, limit: int = 50, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
+        """{"episodes": [...], "next"}, newest first. Filters: slot, version, min_reward, max_reward, status."""
+        names = ("slot", "version", "min_reward", "max_reward", "status")
+        rows, following = _page(self.store.episodes, "episode_id", limit, cursor, names, filters)
+        for row in rows:
+            row["status"] = "error" if row["errors"] else "ok"
+        return {"episodes": rows, "next": following}
+
+    def spans(self, limit: int = 50, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
+        """{"spans": [...], "next"}, newest first. Filters: episode_id, slot, version, status."""
+        names = ("episode_id", "slot", "version", "status")
+        rows, following = _page(self.store.spans, "span_id", limit, cursor, names, filters)
+        return {"spans": rows, "next": following}
+
+    def episode(self, episode_id: str) -> dict[str, Any]:
+        """One episode. Raises NotFound when neither a call nor a reward names it."""
+        spans, judged = self.store.episode(episode_id)
+        if not spans and not judged:
+            raise NotFound(f"no episode {episode_id!r}", param="episode_id")
+        return episodes.to_json(episodes.build(episode_id, spans, judged, self.settings.rewards.weights))
+
+    def episode_otlp(self, episode_id: str) -> dict[str, Any]:
+        """The calls of an episode in OTLP's JSON encoding (an ExportTraceServiceRequest). Raises NotFound."""
+        spans, _ = self.store.episode(episode_id)
+        if not spans:
+            raise NotFound(f"no episode {episode_id!r}", param="episode_id")
+        return otel.request(sorted(spans, key=lambda row: (row["start_ns"], row["span_id"])))
+
+    def unmatched_rewards(self, limit: int = 100) -> list[dict[str, Any]]:
+        """Rewards whose target has not been seen (yet), newest first."""
+        return self.store.unmatched_rewards(limit)
+
+    def query(self, sql: str, limit: int = 10_000) -> results.Table:
+        """One SELECT. Raises QueryError."""
+        return self.store.query(sql, limit)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """The latest state of every job, newest first."""
+        return self.store.jobs()
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """The latest state of one job. Raises NotFound."""
+        found = self.store.jobs(job_id)
+        if not found:
+            raise NotFound(f"no job {job_id!r}", param="job_id")
+        return found[0]
+
+    def evaluations(self, job_id: str | None = None) -> list[dict[str, Any]]:
+        """Paid rollouts."""
+        return self.store.evaluations(job_id)
+
+    def stats(self) -> dict[str, Any]:
+        """What was written, loaded, lost, and how far behind the store is."""
+        with self._lock:
+            revision, slots = self.registry.revision, len(self.registry.slots())
+            versions = sum(slot["versions"] for slot in self.registry.slots())
+        return {
+            **self.store.stats(),
+            "slots": slots,
+            "versions": versions,
+            "revision": revision,
+            "rebuilt": self.store.rebuilt,
+            "journal": self.journal.counters,
+            "loader": asdict(self.loader.counters),
+            "data_dir": str(self.data_dir.resolve()),
+            "started_ns": self.started_ns,
+        }
+
+
+def _await(futures: "list[Future[None]]") -> None:
+    for future in futures:
+        try:
+            future.result(_DISK_SECONDS)
+        except FutureTimeout:
+            raise Unavailable(f"the disk did not answer within {_DISK_SECONDS:g} s") from None
+
+
+def _page(
+    read: Callable[..., list[dict[str, Any]]],
+    key: str,
+    limit: int,
+    cursor: str | None,
+    names: tuple[str, ...],
+    filters: Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], str | None]:
+    """One page and the cursor of the next. Raises BadInput for unknown filters, a bad limit or cursor."""
+    for name in filters:
+        if name not in names:
+            raise BadInput(f"{name}: unknown filter; known: {', '.join(names)}", param=name)
+    if not 1 <= limit <= MAX_PAGE:
+        raise BadInput(f"limit: must lie between 1 and {MAX_PAGE}", param="limit")
+    start, _, identifier = (cursor or "").partition(":")
+    if cursor and not (start.isdigit() and len(start) <= 19 and identifier):
+        raise BadInput("cursor: give `next` of the page before", param="cursor")
+    where = {name: filters.get(name) for name in names}
+    before = {"before_ns": int(start) if start else None, "before_id": identifier or None}
+    rows = read(**where, **before, limit=limit + 1)
+    page = rows[:limit]
+    following = f"{page[-1]['start_ns']}:{page[-1][key]}" if len(rows) > limit else None
+    return page, following
