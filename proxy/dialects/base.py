@@ -1,0 +1,174 @@
+"""What every dialect gives the relay: how to read a request, follow a stream and sum up an answer.
+
+A dialect never touches bytes on their way; it only reads copies. Bodies are plain JSON values as `orjson.loads` gives
+them, of any shape: a reader takes what has the expected type and ignores the rest.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import orjson
+
+from proxy.sse import Event
+
+Json = dict[str, Any]
+Path = tuple[str | int, ...]
+
+
+class Prompt(NamedTuple):
+    """A text that may be a slot's prompt: whose message it is, the text, and where it stands in the body."""
+
+    role: str  # system | developer | user
+    text: str
+    path: Path
+
+
+class Turn(NamedTuple):
+    """One message in a form that survives a round trip through a client: `reply` tells the model's from the agent's."""
+
+    reply: bool
+    canonical: bytes
+
+
+@dataclass(slots=True)
+class Reading:
+    """What the proxy has to know of a request. `turns` is empty where a dialect has no conversation."""
+
+    model: str | None = None
+    stream: bool = False
+    prompts: list[Prompt] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Summary:
+    """What an answer says about itself. None: it didn't say."""
+
+    response_id: str | None = None
+    response_model: str | None = None
+    finish_reason: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_messages: list[Json] | None = None
+    token_ids: Json | None = None
+    logprobs: Any = None
+    error_type: str | None = None  # an error told inside a stream or a 200
+    replies: list[list[bytes]] = field(default_factory=list)  # per choice, the canonical turns of the reply
+
+
+class StreamParser(Protocol):
+    """Follows one stream."""
+
+    def feed(self, event: Event) -> None:
+        """Takes the next event."""
+
+    def summary(self) -> Summary:
+        """What is known so far; also of a stream that was cut."""
+
+
+class Dialect(Protocol):
+    """One wire format."""
+
+    operation: str  # gen_ai.operation.name
+    service: str  # which default upstream speaks it: openai | anthropic
+    usage_option: bool  # whether a stream tells its usage only when `stream_options` asks for it
+    marks: tuple[bytes, ...]  # one of these is in the raw bytes of a stream's last event
+
+    def read(self, body: Json) -> Reading:
+        """What identity, slots and routing need."""
+
+    def messages(self, body: Json) -> list[Json]:
+        """The input as a list of messages, for the record."""
+
+    def ends(self, event: Event) -> bool:
+        """Whether a client may take this event for the end of the stream."""
+
+    def parser(self) -> StreamParser:
+        """A parser for one stream."""
+
+    def summarise(self, reply: Json) -> Summary:
+        """The summary of a whole JSON answer."""
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content: a string, or the text parts of a list, other parts by their JSON."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(_part(part) for part in content)
+    return ""
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    return canonical_json(part)
+
+
+def canonical_json(value: Any) -> str:
+    """The same text for equal JSON values; a string is parsed, since clients re-dump arguments in their own way."""
+    if isinstance(value, str):
+        try:
+            value = orjson.loads(value or "{}")
+        except orjson.JSONDecodeError:
+            return str(value)
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
+
+
+def turn(role: str, text: str, calls: Iterable[tuple[Any, Any, Any]] = (), answers: Any = None) -> Turn:
+    """A turn; `calls` are (id, name, arguments) and `answers` is the id of the call that a tool's result answers.
+
+    What clients drop or normalise on the way back (nulls, annotations, white space around a reply) isn't part of it.
+    """
+    reply = role == "assistant"
+    listed = [[ident, name, canonical_json(arguments)] for ident, name, arguments in calls]
+    return Turn(reply, orjson.dumps([role, text.strip() if reply else text, listed, answers]))
+
+
+def prompt_at(role: str, content: Any, path: Path) -> list[Prompt]:
+    """The prompts in a message's content: the string, or each text part of a list."""
+    if isinstance(content, str):
+        return [Prompt(role, content, path)]
+    if not isinstance(content, list):
+        return []
+    return [
+        Prompt(role, part["text"], (*path, index, "text"))
+        for index, part in enumerate(content)
+        if isinstance(part, dict) and isinstance(part.get("text"), str)
+    ]
+
+
+def dicts(value: Any) -> list[Json]:
+    """The dicts of a list; of anything else none."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def string(value: Any) -> str | None:
+    """The value if it is a string."""
+    return value if isinstance(value, str) else None
+
+
+def integer(value: Any) -> int | None:
+    """The value if it is a whole number."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def error_of(reply: Json) -> str | None:
+    """The type of the error in an envelope, OpenAI's or Anthropic's; None where there is none."""
+    error = reply.get("error")
+    if isinstance(error, dict):
+        return string(error.get("type")) or string(error.get("code")) or "error"
+    return "error" if error else None
+
+
+def as_users(given: Any) -> list[Json]:
+    """One user message a text; a list of token ids is one text."""
+    if given is None:
+        return []
+    if isinstance(given, list) and not all(isinstance(item, int) for item in given):
+        return [{"role": "user", "content": item} for item in given]
+    return [{"role": "user", "content": given}]

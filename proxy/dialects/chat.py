@@ -1,0 +1,211 @@
+"""`chat/completions`: OpenAI's, and what vLLM, SGLang and others add to it (token ids, reasoning)."""
+
+from typing import Any
+
+import orjson
+
+from proxy.dialects.base import (
+    Json,
+    Reading,
+    StreamParser,
+    Summary,
+    Turn,
+    dicts,
+    error_of,
+    integer,
+    prompt_at,
+    string,
+    text_of,
+    turn,
+)
+from proxy.sse import Event
+
+_TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
+
+
+class Chat:
+    """The dialect."""
+
+    operation = "chat"
+    service = "openai"
+    usage_option = True
+    marks: tuple[bytes, ...] = (b"[DONE]",)
+
+    def read(self, body: Json) -> Reading:
+        """Prompts are every system and developer message, and the first user message."""
+        reading = Reading(string(body.get("model")), body.get("stream") is True)
+        messages = body.get("messages")
+        user = False
+        for index, message in enumerate(messages if isinstance(messages, list) else ()):
+            if not isinstance(message, dict):
+                continue
+            role = message.get("role")
+            if role in ("system", "developer") or (role == "user" and not user):
+                user = user or role == "user"
+                reading.prompts += prompt_at(role, message.get("content"), ("messages", index, "content"))
+            reading.turns.append(_turn(message))
+        return reading
+
+    def messages(self, body: Json) -> list[Json]:
+        """As they are."""
+        return dicts(body.get("messages"))
+
+    def ends(self, event: Event) -> bool:
+        """`[DONE]` is the last event."""
+        return event.data == b"[DONE]"
+
+    def parser(self) -> StreamParser:
+        """A parser for one stream."""
+        return ChatStream()
+
+    def summarise(self, reply: Json) -> Summary:
+        """All choices, in order."""
+        summary = head(reply)
+        choices = dicts(reply.get("choices"))
+        summary.output_messages = []
+        completion_ids: list[Any] = []
+        logprobs: list[Any] = []
+        for choice in choices:
+            message = choice.get("message")
+            message = message if isinstance(message, dict) else {}
+            kept = {name: value for name, value in message.items() if value is not None}
+            summary.output_messages.append({**kept, "finish_reason": choice.get("finish_reason")})
+            summary.replies.append([_turn({"role": "assistant", **kept}).canonical])
+            completion_ids.append(choice.get("token_ids"))
+            logprobs.append(choice.get("logprobs"))
+        finish(summary, choices, reply.get("prompt_token_ids"), completion_ids, logprobs)
+        return summary
+
+
+class ChatStream:
+    """Puts the chunks of a stream together again."""
+
+    def __init__(self) -> None:
+        self._summary = Summary()
+        self._choices: dict[int, Json] = {}
+        self._prompt_ids: Any = None
+
+    def feed(self, event: Event) -> None:
+        """Takes the next event; what isn't a JSON object is no chunk."""
+        try:
+            chunk = orjson.loads(event.data)
+        except orjson.JSONDecodeError:
+            return
+        if not isinstance(chunk, dict):
+            return
+        merge_head(self._summary, chunk)
+        if self._prompt_ids is None:
+            self._prompt_ids = chunk.get("prompt_token_ids")
+        for choice in dicts(chunk.get("choices")):
+            index = integer(choice.get("index")) or 0
+            held = self._choices.setdefault(index, {"message": {"role": "assistant"}})
+            _merge_choice(held, choice)
+
+    def summary(self) -> Summary:
+        """The same shape as of a JSON answer."""
+        choices = [_assembled(self._choices[index]) for index in sorted(self._choices)]
+        whole = Chat().summarise({"choices": choices, "prompt_token_ids": self._prompt_ids})
+        for name in ("response_id", "response_model", "input_tokens", "output_tokens", "cached_tokens", "error_type"):
+            setattr(whole, name, getattr(self._summary, name))
+        return whole
+
+
+def head(reply: Json) -> Summary:
+    """Id, model, usage and error of a completion or a chunk."""
+    summary = Summary()
+    merge_head(summary, reply)
+    return summary
+
+
+def merge_head(summary: Summary, chunk: Json) -> None:
+    """What a later chunk says counts; what it leaves out stays."""
+    summary.response_id = string(chunk.get("id")) or summary.response_id
+    summary.response_model = string(chunk.get("model")) or summary.response_model
+    summary.error_type = error_of(chunk) or summary.error_type
+    usage = chunk.get("usage")
+    if isinstance(usage, dict):
+        details = usage.get("prompt_tokens_details")
+        summary.input_tokens = integer(usage.get("prompt_tokens"))
+        summary.output_tokens = integer(usage.get("completion_tokens"))
+        summary.cached_tokens = integer(details.get("cached_tokens")) if isinstance(details, dict) else None
+
+
+def finish(
+    summary: Summary, choices: list[Json], prompt_ids: Any, completion_ids: list[Any], logprobs: list[Any]
+) -> None:
+    """Fills in what is told per choice. A stop reason is that of the first choice."""
+    if choices:
+        summary.finish_reason = string(choices[0].get("finish_reason"))
+    if prompt_ids is not None or any(ids is not None for ids in completion_ids):
+        summary.token_ids = {"prompt": prompt_ids, "completion": completion_ids}
+    if any(item is not None for item in logprobs):
+        summary.logprobs = logprobs
+
+
+def _turn(message: Json) -> Turn:
+    calls = [
+        (call.get("id"), function.get("name"), function.get("arguments") or "")
+        for call in dicts(message.get("tool_calls"))
+        if isinstance(function := call.get("function"), dict)
+    ]
+    legacy = message.get("function_call")
+    if isinstance(legacy, dict):
+        calls.append((None, legacy.get("name"), legacy.get("arguments") or ""))
+    role = string(message.get("role")) or ""
+    return turn(role, text_of(message.get("content")), calls, message.get("tool_call_id"))
+
+
+def _merge_choice(held: Json, choice: Json) -> None:
+    delta = choice.get("delta")
+    if isinstance(delta, dict):
+        _merge_delta(held, delta)
+    if choice.get("finish_reason") is not None:
+        held["finish_reason"] = choice["finish_reason"]
+    if isinstance(choice.get("token_ids"), list):
+        held["token_ids"] = (held.get("token_ids") or []) + choice["token_ids"]
+    logprobs = choice.get("logprobs")
+    if isinstance(logprobs, dict):
+        kept = held.setdefault("logprobs", {})
+        for name, values in logprobs.items():
+            if isinstance(values, list):
+                kept[name] = (kept.get(name) or []) + values
+
+
+def _merge_delta(held: Json, delta: Json) -> None:
+    """Texts are collected in lists and joined once at the end: adding strings would copy them at each token."""
+    message = held["message"]
+    for name, value in delta.items():
+        if name in _TEXTS and isinstance(value, str):
+            held.setdefault("texts", {}).setdefault(name, []).append(value)
+        elif name == "tool_calls":
+            _merge_calls(held.setdefault("calls", {}), dicts(value))
+        elif name == "function_call" and isinstance(value, dict):
+            _merge_function(message.setdefault("function_call", {}), value)
+        elif value is not None:
+            message[name] = value
+
+
+def _merge_calls(calls: dict[int, Json], deltas: list[Json]) -> None:
+    for delta in deltas:
+        index = integer(delta.get("index"))
+        call = calls.setdefault(len(calls) if index is None else index, {"function": {}})
+        for name, value in delta.items():
+            if name == "function" and isinstance(value, dict):
+                _merge_function(call["function"], value)
+            elif name != "index" and value is not None:
+                call[name] = value
+
+
+def _merge_function(function: Json, delta: Json) -> None:
+    for name, value in delta.items():
+        if name == "arguments" and isinstance(value, str):
+            function["arguments"] = function.get("arguments", "") + value
+        elif value is not None:
+            function[name] = value
+
+
+def _assembled(held: Json) -> Json:
+    message = {**held["message"], **{name: "".join(parts) for name, parts in held.get("texts", {}).items()}}
+    if "calls" in held:
+        message["tool_calls"] = [held["calls"][index] for index in sorted(held["calls"])]
+    return {**{name: held.get(name) for name in ("finish_reason", "token_ids", "logprobs")}, "message": message}

@@ -1,0 +1,92 @@
+"""What the proxy itself answers when it can't relay: each a RatchetError with its HTTP status."""
+
+from typing import Any
+
+import orjson
+
+from collector.errors import BadInput, RatchetError, Unavailable
+
+Header = tuple[bytes, bytes]
+
+
+class BadRequest(BadInput):
+    """400: the request can't be understood well enough to relay it."""
+
+    status = 400
+    code = "bad_request"
+
+
+class Unauthorized(RatchetError):
+    """401: no key, an unknown key, or one without the needed scope."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(RatchetError):
+    """403: the Host header names a host that isn't served here."""
+
+    status = 403
+    code = "host_not_allowed"
+
+
+class TooLarge(RatchetError):
+    """413: the body, packed or unpacked, is over the limit."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class HeadersTooLarge(RatchetError):
+    """431: too many header bytes."""
+
+    status = 431
+    code = "headers_too_large"
+
+
+class Overloaded(Unavailable):
+    """503: too many calls at once; try again."""
+
+    code = "overloaded"
+
+
+class UpstreamError(RatchetError):
+    """502: the upstream could not be reached, or broke off before its answer was whole."""
+
+    status = 502
+    code = "upstream_unreachable"
+
+
+class UpstreamTimeout(UpstreamError):
+    """504: the upstream took too long to connect or to go on."""
+
+    status = 504
+    code = "upstream_timeout"
+
+
+class ClientGone(Exception):
+    """The client hung up before its answer was complete: nobody is left to be told."""
+
+
+class Broken(Exception):
+    """The upstream broke off after the client had got a part of the answer: the connection has to end unclean."""
+
+    def __init__(self, error: RatchetError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+def reply(error: RatchetError, extra: list[Header] | None = None) -> tuple[int, list[Header], bytes]:
+    """`(status, headers, body)` of the envelope."""
+    body = orjson.dumps(error.envelope())
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *(extra or [])]
+    if error.status == 503:
+        headers.append((b"retry-after", b"1"))
+    return error.status, headers, body
+
+
+async def respond(send: Any, error: RatchetError, extra: list[Header] | None = None) -> None:
+    """Sends the envelope as a whole answer over ASGI."""
+    status, headers, body = reply(error, extra)
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,120 @@
+"""From what the client sent to what goes upstream: identity, versions, injection, target."""
+
+import logging
+
+import orjson
+
+from collector.errors import NotFound
+from proxy import inject, metrics, slots
+from proxy import table as tables
+from proxy.dialects.base import Json
+from proxy.paths import pinned
+from proxy.record import Applied, Call
+from proxy.slots import Match
+from proxy.table import Table
+from proxy.versions import Snapshot, Versions
+
+log = logging.getLogger(__name__)
+
+
+class Body:
+    """The request's body on its way: the bytes to send, and the same parsed (None: it is no JSON object)."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        self.parsed: Json | None = parse(raw) if raw else None
+
+
+def parse(raw: bytes) -> Json | None:
+    """The JSON object in a body; None if there is none."""
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+class Prompts:
+    """Puts the episode's versions in the place of the prompts that a call brings. Fails open, and counts it."""
+
+    def __init__(self, versions: Versions, table: Table) -> None:
+        self._versions = versions
+        self._table = table
+
+    async def apply(self, call: Call, body: Body, named: str | None) -> None:
+        """Changes `body` where a prompt is a slot's; notes in `call` which versions it is served.
+
+        `named`: the slot of the header `x-ratchet-slot`. Raises NotFound for a pinned version that doesn't exist, and
+        Unavailable if that can't be found out.
+        """
+        pins = pinned(call.route.pins)
+        texts = {slot: await self._pinned(slot, version) for slot, version in pins.items()}
+        snapshot, revision = await self._snapshot(call.identity.episode_id)
+        wanted = {*pins, *((named,) if named else ())}
+        only = wanted if named else None
+        matches = slots.find(snapshot, call.reading.prompts, call.reading.model, only=only, prefer=pins)
+        for match in matches:
+            slot = match.known.slot
+            if slot in pins:
+                self._inject(call, body, match, texts[slot], _pin(match, pins[slot]))
+            else:
+                choice = snapshot.slots[slot].choose(call.identity.episode_id, revision)
+                if choice is not None:
+                    served = Applied(slot, choice.version, None, choice.propensity, match.values)
+                    self._inject(call, body, match, snapshot.slots[slot].texts[choice.version], served)
+        if call.reading.prompts and not matches:
+            metrics.UNMATCHED.inc()
+        for _ in wanted - {match.known.slot for match in matches}:
+            metrics.FAIL_OPEN.labels("not_matched").inc()
+
+    async def _snapshot(self, episode_id: str) -> tuple[Snapshot, int]:
+        """The episode's revision, which is that of its first call whichever worker served it, and a snapshot that
+        knows it."""
+        now = self._versions.current
+        held = self._table.put_if_absent(tables.key("sticky", episode_id), now.revision.to_bytes(8, "big"))
+        revision = int.from_bytes(held, "big")
+        return (now if revision <= now.revision else await self._versions.reach(revision)), revision
+
+    async def _pinned(self, slot: str, version: str) -> str:
+        text = await self._text(slot, version)
+        if text is None:
+            await self._versions.refresh()
+            text = await self._text(slot, version)
+        if text is not None:
+            return text
+        known = self._versions.current.slots.get(slot)
+        if known is None:
+            raise NotFound(f"there is no prompt slot `{slot}`", param="with", code="slot_not_found")
+        have = ", ".join(str(number) for number in sorted(known.texts))
+        message = f"slot `{slot}` has no version `{version}`; it has {have}"
+        raise NotFound(message, param="with", code="version_not_found")
+
+    async def _text(self, slot: str, version: str) -> str | None:
+        known = self._versions.current.slots.get(slot)
+        if known is None:
+            return None
+        if version.startswith("c-"):
+            return await self._versions.candidate(slot, version)
+        return known.texts.get(int(version))
+
+    def _inject(self, call: Call, body: Body, match: Match, text: str, served: Applied) -> None:
+        metrics.MATCHED.inc()
+        rendered = slots.render(match, text)
+        if rendered is None or body.parsed is None:
+            metrics.FAIL_OPEN.labels("missing_variable").inc()
+            return
+        try:
+            raw = inject.replace(body.raw, body.parsed, match.prompt.path, rendered)
+        except Exception:
+            metrics.FAIL_OPEN.labels("error").inc()
+            log.exception("the prompt of slot %s could not be injected", match.known.slot)
+            return
+        if raw is not body.raw:
+            metrics.INJECTED.inc()
+            body.raw = raw
+        call.applied.append(served)
+
+
+def _pin(match: Match, version: str) -> Applied:
+    number, candidate = (None, version) if version.startswith("c-") else (int(version), None)
+    return Applied(match.known.slot, number, candidate, 1.0, match.values)

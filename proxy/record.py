@@ -1,0 +1,211 @@
+"""From a call to its journal line: written once, before the last byte of the answer."""
+
+import logging
+import re
+import secrets
+import time
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, Literal, NamedTuple
+
+import orjson
+
+from collector import redact
+from collector.journal import Journal
+from collector.model import Exchange, Status
+from proxy import metrics
+from proxy.dialects.base import Dialect, Json, Reading, Summary, integer
+from proxy.errors import Header
+from proxy.identity import Identity, Trace, give_back, provisional, remember, trace_of
+from proxy.paths import Route
+from proxy.table import Table
+
+log = logging.getLogger(__name__)
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{4096,}={0,2}")
+_ELIDE_ABOVE = 64 << 10
+MAX_PAYLOAD = 4 << 20
+
+
+class Applied(NamedTuple):
+    """A slot's version that a call was served: exactly one of `version` and `candidate` is set."""
+
+    slot: str
+    version: int | None
+    candidate: str | None
+    propensity: float
+    values: dict[str, str]
+
+    @property
+    def label(self) -> str:
+        """As in `x-ratchet-versions`."""
+        return f"{self.slot}@{self.candidate or self.version}"
+
+
+@dataclass(slots=True)
+class Call:
+    """Everything known about a call under way. What stays None was not known when it ended."""
+
+    route: Route
+    dialect: Dialect
+    trace: Trace
+    named: str | None  # the header x-ratchet-episode
+    tenant: str  # the name of the key; empty without keys
+    span_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    start_ns: int = field(default_factory=time.time_ns)
+    began: int = field(default_factory=time.perf_counter_ns)
+    body: Json | None = None  # the request as it went upstream, parsed
+    reading: Reading = field(default_factory=Reading)
+    applied: list[Applied] = field(default_factory=list)
+    provider: str | None = None
+    attempts: int = 1
+    request_bytes: int = 0
+    response_bytes: int = 0
+    status: Status = "error"
+    http_status: int | None = None
+    error_type: str | None = None
+    ttft_ms: float | None = None
+    stream: bool = False
+    cost_usd: float | None = None
+    summary: Summary = field(default_factory=Summary)
+    written: bool = False
+    _identity: Identity | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """The episode; for a call that is refused before its body could tell, what URL and headers say."""
+        if self._identity is None:
+            self._identity = provisional(self.route.episode, self.named, self.trace)
+        return self._identity
+
+    @identity.setter
+    def identity(self, identity: Identity) -> None:
+        self._identity = identity
+
+    def first_byte(self) -> None:
+        """The upstream's first byte of the body is here."""
+        if self.ttft_ms is None:
+            self.ttft_ms = (time.perf_counter_ns() - self.began) / 1e6
+
+    def end(self, status: Literal["ok", "error", "cancelled"], error_type: str | None = None) -> None:
+        """How it went."""
+        self.status, self.error_type = status, error_type
+
+    def headers(self) -> list[Header]:
+        """What every recorded call answers."""
+        return [
+            (b"x-ratchet-episode", self.identity.episode_id.encode()),
+            (b"x-ratchet-span", self.span_id.encode()),
+            (b"x-ratchet-versions", ",".join(one.label for one in self.applied).encode()),
+        ]
+
+
+class Recorder:
+    """Writes calls to the journal, and leaves what the episode's next call is found by."""
+
+    def __init__(self, journal: Journal, table: Table, emails: bool) -> None:
+        self._journal = journal
+        self._table = table
+        self._emails = emails
+
+    def write(self, call: Call) -> None:
+        """Writes the span, unless it is written already. Never raises: a call must not fail because of its record."""
+        if call.written:
+            return
+        call.written = True
+        seconds = (time.perf_counter_ns() - call.began) / 1e9
+        metrics.count(
+            call.dialect.operation, call.status, seconds, call.summary.input_tokens, call.summary.output_tokens
+        )
+        try:
+            self._journal.append("span", redact.exchange(exchange(call, seconds), emails=self._emails))
+            if call.status == "ok":
+                responses = call.dialect.operation == "responses"
+                remember(self._table, call.tenant, call.identity, call.reading, call.summary, responses)
+            else:
+                give_back(self._table, call.identity)
+        except Exception:
+            metrics.UNRECORDED.inc()
+            log.exception("the call %s could not be recorded", call.span_id)
+
+
+def exchange(call: Call, seconds: float) -> Exchange:
+    """The record of a finished call."""
+    body, summary = call.body or {}, call.summary
+    first = call.applied[0] if call.applied else None
+    return Exchange(
+        span_id=call.span_id,
+        trace_id=call.trace.trace_id or trace_of(call.identity.episode_id),
+        episode_id=call.identity.episode_id,
+        episode_source=call.identity.source,
+        start_ns=call.start_ns,
+        end_ns=call.start_ns + int(seconds * 1e9),
+        operation=call.dialect.operation,
+        route=call.route.path,
+        status=call.status,
+        parent_span_id=call.trace.parent_id,
+        http_status=call.http_status,
+        error_type=call.error_type,
+        ttft_ms=call.ttft_ms,
+        attempts=call.attempts,
+        provider=call.provider,
+        request_model=call.reading.model,
+        response_model=summary.response_model,
+        response_id=summary.response_id,
+        finish_reason=summary.finish_reason,
+        stream=call.stream,
+        temperature=_number(body.get("temperature")),
+        top_p=_number(body.get("top_p")),
+        max_tokens=_first(body, "max_completion_tokens", "max_output_tokens", "max_tokens"),
+        seed=integer(body.get("seed")),
+        input_tokens=summary.input_tokens,
+        output_tokens=summary.output_tokens,
+        cached_tokens=summary.cached_tokens,
+        cost_usd=call.cost_usd,
+        prompt_slot=first.slot if first else None,
+        prompt_version=first.version if first else None,
+        prompt_candidate=first.candidate if first else None,
+        propensity=first.propensity if first else None,
+        request_bytes=call.request_bytes,
+        response_bytes=call.response_bytes,
+        input_messages=_payload(call.dialect.messages(body) or None),
+        output_messages=_payload(summary.output_messages),
+        tools=_payload(body.get("tools")),
+        token_ids=_payload(summary.token_ids),
+        logprobs=_payload(summary.logprobs),
+        attributes=_payload(_attributes(call, body) or None),
+    )
+
+
+def _attributes(call: Call, body: Json) -> Json:
+    """What is worth keeping and has no column."""
+    kept: Json = {name: body[name] for name in ("metadata", "user") if body.get(name)}
+    if call.applied and call.applied[0].values:
+        kept["variables"] = call.applied[0].values
+    if len(call.applied) > 1:
+        kept["prompts"] = [{"slot": one.label, "variables": one.values} for one in call.applied[1:]]
+    if call.identity.ambiguous:
+        kept["ambiguous"] = True
+    if call.tenant:
+        kept["key"] = call.tenant
+    return kept
+
+
+def _payload(value: Any) -> str | None:
+    """As JSON text. Long runs of base64 (images, audio) become their hash; what is still too long is left out."""
+    if value is None:
+        return None
+    text = orjson.dumps(value).decode()
+    if len(text) > _ELIDE_ABOVE:
+        text = _BASE64.sub(lambda found: "sha256:" + sha256(found.group().encode()).hexdigest(), text)
+    if len(text) > MAX_PAYLOAD:
+        left_out = {"elided": True, "bytes": len(text), "sha256": sha256(text.encode()).hexdigest()}
+        text = orjson.dumps([left_out] if isinstance(value, list) else left_out).decode()
+    return text
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _first(body: Json, *names: str) -> int | None:
+    return next((found for name in names if (found := integer(body.get(name))) is not None), None)

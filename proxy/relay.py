@@ -1,0 +1,373 @@
+"""One call from end to end: forwards bytes as they come, keeps a copy, and records before the last byte leaves."""
+
+import asyncio
+import logging
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import orjson
+
+from collector.errors import RatchetError
+from proxy import errors, inject, limits, sse, translate
+from proxy.auth import Guard
+from proxy.dialects.base import Dialect, Summary
+from proxy.errors import Broken, ClientGone, Header
+from proxy.identity import identify
+from proxy.prepare import Body, Prompts, parse
+from proxy.record import Call, Recorder
+from proxy.table import Table
+from proxy.upstream import Request, Upstream, headers_for
+
+log = logging.getLogger(__name__)
+_LENGTH = b"content-length"
+
+
+class Answer(Protocol):
+    """An upstream's answer, relayed raw or translated."""
+
+    status: int
+    headers: list[Header]
+    stream: bool
+    encoding: str
+    cost_usd: float | None
+
+    async def read(self) -> bytes:
+        """The whole body."""
+
+    def chunks(self) -> Any:
+        """The body as it arrives (an async iterator of bytes)."""
+
+    def decoded(self, body: bytes) -> bytes | None:
+        """A readable copy."""
+
+    def close(self) -> None:
+        """Lets go of it, finished or not."""
+
+
+class HangUp:
+    """While it is entered, a client that goes away cancels the block, which then ends in ClientGone."""
+
+    def __init__(self, receive: Any) -> None:
+        self._receive = receive
+        self._gone = False
+
+    def __enter__(self) -> Self:
+        self._block = asyncio.current_task()
+        self._watch = asyncio.ensure_future(self._wait())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+        if self._gone and self._block is not None:
+            if kind is not None and issubclass(kind, asyncio.CancelledError):
+                self._block.uncancel()
+            raise ClientGone from None
+
+    def release(self) -> None:
+        """Stops watching: the server reports a finished answer in the same way as a client that left."""
+        self._watch.cancel()
+
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        if self._block is not None:
+            self._block.cancel()
+
+
+class Client:
+    """The client's side of one call. What ends an answer is sent after the call was recorded."""
+
+    def __init__(self, send: Any, call: Call, recorder: Recorder) -> None:
+        self._send = send
+        self._call = call
+        self._recorder = recorder
+        self.started = False
+
+    async def start(self, status: int, headers: list[Header]) -> None:
+        """The head of the answer; the call's own headers are added."""
+        self.started = True
+        self._call.http_status = status
+        kept = [pair for pair in headers if not pair[0].startswith(b"x-ratchet-")]
+        await self._send({"type": "http.response.start", "status": status, "headers": kept + self._call.headers()})
+
+    async def body(self, chunk: bytes) -> None:
+        """A piece of the body that more follows."""
+        self._call.response_bytes += len(chunk)
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def last(self, chunk: bytes, more: bool = False) -> None:
+        """The piece with which the answer is complete for a client; records first. `more`: the connection isn't."""
+        self._call.response_bytes += len(chunk)
+        self._recorder.write(self._call)
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
+
+    async def whole(self, status: int, headers: list[Header], body: bytes, more: bool = False) -> None:
+        """A whole answer; records first."""
+        self._call.http_status, self._call.response_bytes = status, len(body)
+        self._recorder.write(self._call)
+        await self.start(status, [*_without_length(headers), (_LENGTH, b"%d" % len(body))])
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+class Relay:
+    """Serves recorded calls. Every call that gets here leaves exactly one span, whatever happens to it."""
+
+    def __init__(
+        self, upstream: Upstream, prompts: Prompts, recorder: Recorder, table: Table, guard: Guard, body_limit: int
+    ) -> None:
+        self._upstream = upstream
+        self._prompts = prompts
+        self._recorder = recorder
+        self._table = table
+        self._guard = guard
+        self._limit = body_limit
+
+    async def serve(self, scope: Any, receive: Any, send: Any, call: Call) -> None:
+        """From the request's body to the span. The recorder writes a call once, so the `finally` catches all that ended
+        before its regular moment of writing: just ahead of the answer's last byte."""
+        client = Client(send, call, self._recorder)
+        try:
+            await self._relay(scope, receive, client, call)
+        except ClientGone:
+            call.end("cancelled")
+        except asyncio.CancelledError:
+            call.end("cancelled", "shutdown")
+            raise
+        except Broken as broken:
+            # Returning without a last body message makes the server close the connection: an unclean end, as upstream.
+            call.end("error", broken.error.code)
+        except RatchetError as error:
+            await _refuse(receive, client, call, error)
+        except Exception:  # boundary: a bug of ours must end as an answer and a span
+            log.exception("the call %s failed", call.span_id)
+            await _refuse(receive, client, call, RatchetError("an internal error of the proxy; its log says more"))
+        finally:
+            self._recorder.write(call)
+
+    async def _relay(self, scope: Any, receive: Any, client: Client, call: Call) -> None:
+        given: list[Header] = scope["headers"]
+        headers = dict(given)
+        raw = await limits.read_body(receive, headers.get(_LENGTH), self._limit)
+        call.request_bytes = len(raw)
+        with HangUp(receive) as hang_up:
+            request = await self._prepare(scope, given, headers, raw, call)
+            stripping = call.dialect.usage_option and call.reading.stream and _add_usage(call, request)
+            answer = await self._send(request, call)
+            try:
+                await _answer(hang_up, client, call, answer, stripping)
+            finally:
+                answer.close()
+
+    async def _prepare(
+        self, scope: Any, given: list[Header], headers: dict[bytes, bytes], raw: bytes, call: Call
+    ) -> Request:
+        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
+        plain = limits.unpack(raw, encoding, self._limit) if encoding not in ("identity", "") else None
+        body = Body(raw if plain is None else plain)
+        if body.parsed is not None:
+            call.body = body.parsed
+            call.reading = call.dialect.read(body.parsed)
+            call.stream = call.reading.stream
+        call.identity = identify(
+            call.route.episode, call.named, call.trace, body.parsed or {}, call.reading, self._table, call.tenant
+        )
+        await self._prompts.apply(call, body, _text(headers.get(b"x-ratchet-slot")))
+        target = self._upstream.route(_service(call), call.reading.model)
+        call.provider = target.provider
+        if target.model is not None and body.parsed is not None:
+            body.raw = inject.replace(body.raw, body.parsed, ("model",), target.model)
+        sent = headers_for(target, given, keyed=self._guard.keyed, unpacked=plain is not None)
+        query = scope.get("query_string", b"").decode("latin-1")
+        return Request(target, scope["method"], call.route.tail, query, sent, body.raw)
+
+    async def _send(self, request: Request, call: Call) -> Answer:
+        try:
+            if request.target.params is not None:
+                return await translate.send(request, call.dialect.operation)
+            return await self._upstream.send(request)
+        finally:
+            call.attempts = request.attempts
+
+
+async def _refuse(receive: Any, client: Client, call: Call, error: RatchetError) -> None:
+    """Our own answer in place of the upstream's, unless a part of that is out already."""
+    call.end("error", error.code)
+    if client.started:
+        return
+    lingers = isinstance(error, errors.TooLarge)
+    await client.whole(*errors.reply(error), more=lingers)
+    if lingers:
+        await limits.drain(receive)
+        await client.last(b"")
+
+
+async def _answer(hang_up: HangUp, client: Client, call: Call, answer: Answer, stripping: bool) -> None:
+    if answer.stream:
+        call.stream = True
+        await Streaming(client, call, answer, stripping).run(hang_up)
+    elif call.dialect.operation == "other":
+        await _pass_through(hang_up, client, call, answer)
+    else:
+        await _whole(hang_up, client, call, answer)
+
+
+async def _whole(hang_up: HangUp, client: Client, call: Call, answer: Answer) -> None:
+    body = await answer.read()
+    hang_up.release()
+    call.first_byte()
+    call.cost_usd = answer.cost_usd
+    copy = answer.decoded(body)
+    reply = parse(copy) if copy else None
+    if reply is not None:
+        call.summary = call.dialect.summarise(reply)
+    _judge(call, answer.status)
+    await client.whole(answer.status, answer.headers, body)
+
+
+async def _pass_through(hang_up: HangUp, client: Client, call: Call, answer: Answer) -> None:
+    """Bodies of any kind and size: forwarded as they come, one piece behind, so that the last one leaves after the
+    record was written."""
+    await client.start(answer.status, answer.headers)
+    held = b""
+    async for chunk in _mended(answer):
+        call.first_byte()
+        if held:
+            await client.body(held)
+        held = chunk
+    hang_up.release()
+    _judge(call, answer.status)
+    await client.last(held)
+
+
+class Streaming:
+    """Relays one event stream. Whole events are forwarded as they come; the one that a client may take for the end is
+    held back until the record is written."""
+
+    def __init__(self, client: Client, call: Call, answer: Answer, stripping: bool) -> None:
+        self._client = client
+        self._call = call
+        self._answer = answer
+        self._plain = answer.encoding in ("identity", "")
+        self._stripping = stripping and self._plain
+        self._splitter = sse.Splitter()
+        self._copy: list[bytes] = []
+
+    async def run(self, hang_up: HangUp) -> None:
+        """Until the upstream's end. Raises ClientGone, or Broken when the upstream breaks off."""
+        headers = _without_length(self._answer.headers) if self._stripping else self._answer.headers
+        await self._client.start(self._answer.status, headers)
+        try:
+            async for chunk in _mended(self._answer):
+                self._call.first_byte()
+                await self._take(chunk)
+        except Broken:
+            if not self._call.written:  # else the end had been told already, and nothing is missing
+                await self._client.body(self._splitter.rest)
+                raise
+        finally:
+            self._sum_up()
+        hang_up.release()
+        await self._client.last(self._splitter.rest)
+
+    async def _take(self, chunk: bytes) -> None:
+        run = self._splitter.feed(chunk) if self._plain else chunk
+        if not run:
+            return
+        if self._call.written:
+            await self._client.body(run)
+            return
+        self._copy.append(run)
+        ending = self._plain and any(mark in run for mark in self._call.dialect.marks)
+        if not ending and not (self._stripping and b'"usage"' in run):
+            await self._client.body(run)
+            return
+        now, last = _divide(run, self._call.dialect, self._stripping)
+        if now:
+            await self._client.body(now)
+        if last:
+            self._sum_up()
+            await self._client.last(last, more=True)
+
+    def _sum_up(self) -> None:
+        """Reads the copy, once: at the event that ends the stream, or where the stream was cut."""
+        if self._call.written:
+            return
+        copy = self._answer.decoded(b"".join((*self._copy, self._splitter.rest)))
+        parser = self._call.dialect.parser()
+        for event in sse.events(copy or b""):
+            parser.feed(event)
+        self._call.summary = parser.summary()
+        self._call.cost_usd = self._answer.cost_usd
+        _judge(self._call, self._answer.status)
+
+
+def _divide(run: bytes, dialect: Dialect, stripping: bool) -> tuple[bytes, bytes]:
+    """What may be forwarded now, and what has to wait for the record: the last event and all behind it. With
+    `stripping`, without the usage chunk that the client didn't ask for."""
+    now: list[bytes] = []
+    last: list[bytes] = []
+    for block in sse.blocks(run):
+        event = sse.read(block)
+        if event is not None and stripping and _only_usage(event):
+            continue
+        ends = event is not None and dialect.ends(event)
+        (last if last or ends else now).append(block)
+    return b"".join(now), b"".join(last)
+
+
+def _only_usage(event: sse.Event) -> bool:
+    """Whether a chunk is the one that `include_usage` adds: usage, and no choices."""
+    if b'"usage"' not in event.data:
+        return False
+    try:
+        chunk = orjson.loads(event.data)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(chunk, dict) and chunk.get("choices") == [] and isinstance(chunk.get("usage"), dict)
+
+
+async def _mended(answer: Answer) -> Any:
+    """The chunks; after the head is out, an upstream that breaks off can't become an error answer any more."""
+    try:
+        async for chunk in answer.chunks():
+            yield chunk
+    except RatchetError as error:
+        raise Broken(error) from error
+
+
+def _add_usage(call: Call, request: Request) -> bool:
+    """Asks for the usage of a stream; True: its chunk is to be stripped again."""
+    if call.body is None:
+        return False
+    changed = inject.ask_for_usage(request.body, call.body)
+    if changed is None:
+        return False
+    request.body = changed
+    return True
+
+
+def _judge(call: Call, status: int) -> None:
+    """An answer of 400 or more is an error, and so is one that tells of an error in a stream."""
+    summary: Summary = call.summary
+    if status >= 400:
+        call.end("error", summary.error_type or f"http_{status}")
+    elif summary.error_type is not None:
+        call.end("error", summary.error_type)
+    else:
+        call.end("ok")
+
+
+def _service(call: Call) -> str:
+    """Anthropic's other paths, such as messages/count_tokens, go where its messages go."""
+    return "anthropic" if call.route.tail.startswith("messages/") else call.dialect.service
+
+
+def _without_length(headers: list[Header]) -> list[Header]:
+    return [pair for pair in headers if pair[0] != _LENGTH]
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1").strip()

@@ -1,0 +1,67 @@
+"""Which of a call's messages is the prompt of which slot."""
+
+from collections.abc import Container, Iterable, Iterator
+from typing import NamedTuple
+
+from collector import template
+from proxy.dialects.base import Prompt
+from proxy.versions import Known, Snapshot
+
+
+class Match(NamedTuple):
+    """A message that is a slot's prompt: the version it was rendered from, and the values of its variables."""
+
+    prompt: Prompt
+    known: Known
+    values: dict[str, str]
+
+
+def find(
+    snapshot: Snapshot,
+    prompts: Iterable[Prompt],
+    model: str | None,
+    *,
+    only: Container[str] | None = None,
+    prefer: Container[str] = (),
+) -> list[Match]:
+    """All matches, at most one a message and one a slot; literal equality goes before templates.
+
+    `only`: the slots that are possible; None: any. `prefer`: slots that win where several have the same text.
+    """
+    if not snapshot.exact:
+        return []
+    matches: list[Match] = []
+    open_prompts = list(prompts)
+    for look in (_exact, _inverted):
+        for prompt in list(open_prompts):
+            taken = {match.known.slot for match in matches}
+            candidates = look(snapshot, prompt)
+            for match in sorted(candidates, key=lambda one: one.known.slot not in prefer) if prefer else candidates:
+                slot = snapshot.slots[match.known.slot]
+                fits = (slot.model is None or slot.model == model) and (slot.role is None or slot.role == prompt.role)
+                if fits and slot.name not in taken and (only is None or slot.name in only):
+                    matches.append(match)
+                    open_prompts.remove(prompt)
+                    break
+    return matches
+
+
+def _exact(snapshot: Snapshot, prompt: Prompt) -> Iterator[Match]:
+    for known in snapshot.exact.get(prompt.text, ()):
+        # A template sent unrendered: its variables stand for themselves.
+        yield Match(prompt, known, {})
+
+
+def _inverted(snapshot: Snapshot, prompt: Prompt) -> Iterator[Match]:
+    for known in snapshot.templates:
+        if prompt.text.startswith(known.first) and prompt.text.endswith(known.last):
+            values = template.invert(known.template, prompt.text)
+            if values is not None:
+                yield Match(prompt, known, values)
+
+
+def render(match: Match, text: str) -> str | None:
+    """`text` (another version's template) with the values of the match; None if it needs a variable that is missing."""
+    if not set(template.variables(text)) <= set(match.known.variables):
+        return None
+    return template.render(text, match.values)

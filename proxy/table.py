@@ -1,0 +1,170 @@
+"""A small hash table in a mapped file, shared by all workers and by the next ones after a `kill -9`.
+
+Fixed size, sixteen entries a bucket; a full bucket gives up its oldest entry, so the table holds about the last
+`slots` things and never grows. Writers hold a lock on the file (the kernel drops it when its holder dies); readers take
+none: an entry carries a checksum, and a torn one reads as absent.
+
+    bucket   16 keys of 16 bytes | 16 entries
+    entry    time of last use (u64 ns) | crc32 (u32) | state (u8) | length (u8) | value (<= 136 bytes)
+"""
+
+import fcntl
+import mmap
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+WAYS = 16
+KEY = 16
+VALUE = 136
+_HEAD = struct.Struct("<QIBB")
+_ENTRY = _HEAD.size + VALUE
+_BUCKET = WAYS * (KEY + _ENTRY)
+_TIME = struct.Struct("<Q")
+_MAGIC = b"ratchet1"
+_HEADER = 4096
+_EMPTY, _LIVE, _TAKEN = 0, 1, 2
+
+
+class Taken(NamedTuple):
+    """What `take` found: the value (None: nothing to take) and how many entries had the key, taken ones included."""
+
+    value: bytes | None
+    found: int
+
+
+def key(kind: str, *parts: str) -> bytes:
+    """16 bytes that stand for a thing of a kind."""
+    return sha256("\0".join((kind, *parts)).encode()).digest()[:KEY]
+
+
+class Table:
+    """Keys of 16 bytes to values of at most 136. Raises OSError if the file can't be mapped."""
+
+    def __init__(self, path: Path, slots: int = 1 << 16) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with self._locked():
+            self._buckets = self._prepare(max(1, slots // WAYS))
+        self._map = mmap.mmap(self._file, _HEADER + self._buckets * _BUCKET)
+
+    def _prepare(self, buckets: int) -> int:
+        """The number of buckets of the file, which is laid out when it is new or no table of ours."""
+        head = os.pread(self._file, 16, 0)
+        if head[:8] == _MAGIC and len(head) == 16:
+            (buckets,) = _TIME.unpack(head[8:])
+        else:
+            os.ftruncate(self._file, 0)
+        os.ftruncate(self._file, _HEADER + buckets * _BUCKET)
+        os.pwrite(self._file, _MAGIC + _TIME.pack(buckets), 0)
+        return int(buckets)
+
+    def close(self) -> None:
+        """Unmaps; the file stays."""
+        self._map.close()
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value, which counts as used now; None where there is none."""
+        for at in self._entries(key):
+            found = self._read(at, key)
+            if found is not None and found[0] == _LIVE:
+                self._map[at : at + 8] = _TIME.pack(time.time_ns())
+                return found[1]
+        return None
+
+    def put_if_absent(self, key: bytes, value: bytes) -> bytes:
+        """Stores `value` unless the key is there already; the value that holds, whoever put it."""
+        held = self.get(key)
+        if held is not None:
+            return held
+        with self._locked():
+            held = self.get(key)
+            if held is None:
+                self._write(key, value)
+            return value if held is None else held
+
+    def add(self, key: bytes, value: bytes) -> None:
+        """Stores `value` beside others of the same key, to be taken once each."""
+        with self._locked():
+            self._write(key, value)
+
+    def take(self, key: bytes) -> Taken:
+        """Takes the oldest value of a key that nobody has taken; each is handed out once over all processes."""
+        if next(self._entries(key), None) is None:
+            return Taken(None, 0)
+        with self._locked():
+            live: list[tuple[bytes, int, bytes]] = []
+            found = 0
+            for at in self._entries(key):
+                entry = self._read(at, key)
+                if entry is not None:
+                    found += 1
+                    if entry[0] == _LIVE:
+                        live.append((self._map[at : at + 8][::-1], at, entry[1]))
+            if not live:
+                return Taken(None, found)
+            _, at, value = min(live)
+            self._store(at, key, _TAKEN, value)
+            return Taken(value, found)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _bucket(self, key: bytes) -> int:
+        return _HEADER + int.from_bytes(key[:8], "little") % self._buckets * _BUCKET
+
+    def _entries(self, key: bytes) -> Iterator[int]:
+        """Where the entries of a key begin. (`in` on a copied slice is a memory search; a loop in Python isn't.)"""
+        start = self._bucket(key)
+        keys = self._map[start : start + WAYS * KEY]
+        at = keys.find(key)
+        while at >= 0:
+            if at % KEY == 0:
+                yield start + WAYS * KEY + at // KEY * _ENTRY
+            at = keys.find(key, at + 1)
+
+    def _read(self, at: int, key: bytes) -> tuple[int, bytes] | None:
+        _, crc, state, length = _HEAD.unpack_from(self._map, at)
+        value = self._map[at + _HEAD.size : at + _HEAD.size + length]
+        if state == _EMPTY or crc != _checksum(key, state, value):
+            return None
+        return state, value
+
+    def _write(self, key: bytes, value: bytes) -> None:
+        """Into a free entry, else over the oldest one of the bucket."""
+        if len(key) != KEY or len(value) > VALUE:
+            raise ValueError(f"keys are {KEY} bytes and values at most {VALUE}")
+        start = self._bucket(key)
+        first = start + WAYS * KEY
+        times = [_TIME.unpack_from(self._map, first + way * _ENTRY)[0] for way in range(WAYS)]
+        way = times.index(min(times))
+        self._map[start + way * KEY : start + (way + 1) * KEY] = key
+        self._store(first + way * _ENTRY, key, _LIVE, value)
+
+    def _store(self, at: int, key: bytes, state: int, value: bytes) -> None:
+        head = _HEAD.pack(time.time_ns(), _checksum(key, state, value), state, len(value))
+        self._map[at : at + _HEAD.size + len(value)] = head + value
+
+
+def _checksum(key: bytes, state: int, value: bytes) -> int:
+    return zlib.crc32(value, zlib.crc32(key, state))

@@ -1,0 +1,151 @@
+"""Providers that don't speak OpenAI's dialect, through the LiteLLM SDK: the one file that imports it, on first use."""
+
+import asyncio
+import importlib
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+
+from proxy.dialects.base import Json
+from proxy.errors import BadRequest, Header, UpstreamError, UpstreamTimeout
+from proxy.prepare import parse
+from proxy.upstream import Request
+
+# What a client may ask for. Everything else in a body stays out: LiteLLM would take `api_base` or `extra_headers` as
+# orders, and send the configured key wherever a client likes.
+_COMMON = frozenset(("temperature", "top_p", "n", "stream", "stream_options", "stop", "max_tokens", "presence_penalty",
+                     "frequency_penalty", "logit_bias", "user", "seed", "logprobs"))  # fmt: skip
+_CHAT = _COMMON | {"messages", "max_completion_tokens", "response_format", "tools", "tool_choice", "functions",
+                   "parallel_tool_calls", "top_logprobs", "function_call", "reasoning_effort", "thinking",
+                   "modalities", "prediction", "audio"}  # fmt: skip
+_TEXT = _COMMON | {"prompt", "echo", "best_of", "suffix"}
+_EMBEDDING = frozenset(("input", "dimensions", "encoding_format", "user"))
+_CALLS = {
+    "chat": ("acompletion", _CHAT),
+    "text_completion": ("atext_completion", _TEXT),
+    "embeddings": ("aembedding", _EMBEDDING),
+}
+_KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+          408: "timeout_error", 422: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
+_JSON: list[Header] = [(b"content-type", b"application/json")]
+_SSE: list[Header] = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+_lock = asyncio.Lock()
+
+
+class Translated:
+    """An answer in OpenAI's dialect, made from a provider's. Reading raises UpstreamError or UpstreamTimeout."""
+
+    encoding = "identity"
+
+    def __init__(self, status: int, headers: list[Header], body: bytes = b"", source: Any = None) -> None:
+        self.status = status
+        self.headers = headers
+        self.stream = source is not None
+        self.cost_usd: float | None = None
+        self._body = body
+        self._source = source
+
+    async def read(self) -> bytes:
+        """The whole body."""
+        return self._body
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """One event a chunk, then `[DONE]`."""
+        if self._source is None:
+            yield self._body
+            return
+        try:
+            async for chunk in self._source:
+                yield b"data: " + _dump(chunk) + b"\n\n"
+        except Exception as error:
+            if not _is_provider_error(error):
+                raise
+            raise _as_ratchet(error) from error
+        yield b"data: [DONE]\n\n"
+
+    def decoded(self, body: bytes) -> bytes:
+        """It is readable as it is."""
+        return body
+
+    def close(self) -> None:
+        """Cancels a stream that was not read to its end: dropping the iterator closes the connection below it."""
+        self._source = None
+
+
+async def send(request: Request, operation: str) -> Translated:
+    """The answer to a call, errors of the provider as OpenAI's envelope with their status. Raises BadRequest for what
+    can't be translated."""
+    if operation not in _CALLS:
+        raise BadRequest(f"this model is translated, which isn't possible for {operation}; use chat/completions")
+    body = parse(request.body)
+    if body is None:
+        raise BadRequest("the body must be a JSON object")
+    litellm = await _library()
+    name, allowed = _CALLS[operation]
+    given: Json = {key: value for key, value in body.items() if key in allowed}
+    # The client's own retries and the proxy's are enough; a third layer would bill a call again.
+    params = {"num_retries": 0, "max_retries": 0, **given, **(request.target.params or {})}
+    request.attempts = 1
+    try:
+        answer = await getattr(litellm, name)(**params)
+    except Exception as error:
+        if not _is_provider_error(error):
+            raise
+        return _failed(error)
+    if given.get("stream") is True:
+        return Translated(200, _SSE, source=answer)
+    translated = Translated(200, _JSON, _dump(answer))
+    cost = getattr(answer, "_hidden_params", {}).get("response_cost")
+    translated.cost_usd = float(cost) if isinstance(cost, int | float) else None
+    return translated
+
+
+async def _library() -> Any:
+    """LiteLLM takes seconds to import: in a thread, so that other calls go on, and with its price map from the package,
+    not from the network."""
+    async with _lock:
+        os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+        litellm: Any = await asyncio.to_thread(importlib.import_module, "litellm")
+        litellm.suppress_debug_info = True
+        litellm.telemetry = False
+        return litellm
+
+
+def _dump(answer: Any) -> bytes:
+    """LiteLLM's objects leave out what OpenAI would send as null; `finish_reason` and `content` stay."""
+    return orjson.dumps(_clean(answer.model_dump()))
+
+
+def _clean(answer: Json) -> Json:
+    kept = {key: value for key, value in answer.items() if value is not None}
+    for choice in kept.get("choices") or ():
+        for part in ("message", "delta"):
+            if isinstance(choice.get(part), dict):
+                inner = choice[part]
+                choice[part] = {
+                    k: v for k, v in inner.items() if v is not None or (k == "content" and part == "message")
+                }
+    return kept
+
+
+def _is_provider_error(error: BaseException) -> bool:
+    """LiteLLM's exceptions all carry the status of the provider's answer, or one that stands for it."""
+    return isinstance(getattr(error, "status_code", None), int)
+
+
+def _failed(error: Any) -> Translated:
+    status = error.status_code if 400 <= error.status_code < 600 else 502
+    kind = _KINDS.get(status, "api_error")
+    message = str(getattr(error, "message", "") or error)
+    body = orjson.dumps(
+        {"error": {"message": message, "type": kind, "param": None, "code": getattr(error, "code", None)}}
+    )
+    retry = getattr(getattr(error, "response", None), "headers", {}).get("retry-after")
+    return Translated(status, [*_JSON, *([(b"retry-after", str(retry).encode())] if retry else [])], body)
+
+
+def _as_ratchet(error: Any) -> UpstreamError:
+    kind = UpstreamTimeout if error.status_code in (408, 504) else UpstreamError
+    return kind(str(getattr(error, "message", "") or error), code=_KINDS.get(error.status_code, "upstream_broken"))

@@ -1,0 +1,287 @@
+"""Where a call goes, and the raw relay to it: bytes out, bytes back, over pooled aiohttp connections."""
+
+import asyncio
+import io
+import os
+import time
+import zlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+from yarl import URL
+
+from collector.settings import ModelEntry, Settings
+from proxy.errors import BadRequest, Header, UpstreamError, UpstreamTimeout
+
+_HOP = frozenset((b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection",
+                  b"te", b"trailer", b"transfer-encoding", b"upgrade"))  # fmt: skip
+# Of a request: what belongs to this hop, what is asked anew, and what is a secret of this server.
+_NOT_SENT = _HOP | {b"host", b"content-length", b"accept-encoding", b"expect", b"cookie"}
+_CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key"))
+_RAW = {"openai": "https://api.openai.com/v1", "hosted_vllm": None, "openai_like": None, "litellm_proxy": None}
+_HOSTS = {"api.openai.com": "openai", "api.anthropic.com": "anthropic"}
+_STALE_SECONDS = 1.0
+_AS_FILE = 1 << 20
+_BROKEN = (aiohttp.ClientError, ConnectionError)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a call goes. `model`: the name to send instead of the client's. `headers`: credentials of the config, which
+    replace the client's. `params`: LiteLLM's, for a provider that needs translation; None for a raw relay."""
+
+    base: str
+    provider: str
+    model: str | None = None
+    own: bool = False  # whether the client's credentials stay behind
+    headers: tuple[tuple[str, str], ...] = ()
+    params: Mapping[str, Any] | None = None
+    proxy: str | None = None
+
+
+@dataclass(slots=True)
+class Request:
+    """What is sent. `attempts` counts the times it was."""
+
+    target: Target
+    method: str
+    tail: str
+    query: str = ""
+    headers: list[tuple[str, str]] = field(default_factory=list)
+    body: bytes = b""
+    attempts: int = 0
+
+
+class Reply:
+    """The head of a raw answer, and its body to be read. Reading raises UpstreamError or UpstreamTimeout."""
+
+    cost_usd: float | None = None
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status = response.status
+        self.headers: list[Header] = [
+            (name, value) for raw, value in response.raw_headers if (name := raw.lower()) not in _HOP
+        ]
+        self.stream = response.headers.get("content-type", "").lower().startswith("text/event-stream")
+        self.encoding = response.headers.get("content-encoding", "identity").strip().lower()
+
+    async def read(self) -> bytes:
+        """The whole body, as it came."""
+        try:
+            return await self._response.read()
+        except TimeoutError as error:
+            raise _timeout() from error
+        except _BROKEN as error:
+            raise broken() from error
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body's bytes as they arrive."""
+        content = self._response.content
+        while True:
+            try:
+                chunk = await content.readany()
+            except TimeoutError as error:
+                raise _timeout() from error
+            except _BROKEN as error:
+                raise broken() from error
+            if not chunk:
+                return
+            yield chunk
+
+    def decoded(self, body: bytes) -> bytes | None:
+        """A readable copy of the body; None for an encoding that isn't known here, or if it is cut."""
+        return decoded(body, self.encoding)
+
+    def close(self) -> None:
+        """Gives the connection back if the answer was read whole, else closes it, which cancels the call upstream."""
+        self._response.close()
+
+
+def decoded(body: bytes, encoding: str) -> bytes | None:
+    """Upstreams are asked not to compress; for one that does anyway, the record reads a copy."""
+    if encoding in ("identity", ""):
+        return body
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        return None
+    try:
+        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body)
+    except zlib.error:
+        return None
+
+
+class Upstream:
+    """The upstreams of one configuration: `route` picks one, `send` calls it. One event loop only; `close` ends it."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None) -> None:
+        env = os.environ if environ is None else environ
+        keyed = bool(settings.server.keys)
+        self._settings = settings.upstream
+        self._defaults = {
+            "openai": _default(settings.upstream.default, keyed, _bearer(env.get("OPENAI_API_KEY"))),
+            "anthropic": _default(settings.upstream.anthropic, keyed, _anthropic_key(env.get("ANTHROPIC_API_KEY"))),
+        }
+        self._entries: dict[str, ModelEntry] = {}
+        for entry in settings.model_list:
+            self._entries.setdefault(entry.model_name, entry)
+        self._targets = {name: _target(entry, env) for name, entry in self._entries.items()}
+        self._urls: dict[tuple[str, str], URL] = {}
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The configured model names."""
+        return tuple(self._entries)
+
+    def route(self, service: str, model: str | None) -> Target:
+        """The target for a model, spoken to in the dialect of `service` (openai | anthropic). Raises BadRequest."""
+        target = self._targets.get(model) if model is not None else None
+        if target is None:
+            return self._defaults[service]
+        if service == "openai":
+            return target
+        if target.provider != "anthropic" or target.params is None:
+            raise BadRequest(f"`{model}` does not speak Anthropic's messages; use chat/completions", param="model")
+        return _anthropic(target)
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """Made on first use, because it belongs to the running loop."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                timeout=aiohttp.ClientTimeout(
+                    total=None,
+                    sock_connect=self._settings.connect_timeout,
+                    sock_read=self._settings.read_timeout,
+                ),
+                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            )
+        return self._session
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def send(self, request: Request) -> Reply:
+        """The head of the answer. Raises UpstreamError or UpstreamTimeout.
+
+        Sent again only when nothing came back: the connection could not be made, or a pooled one turned out to be dead
+        at once. An upstream that was silent for longer may have done the work, and would bill it twice.
+        """
+        url = self._url(request)
+        while True:
+            request.attempts += 1
+            sent = time.monotonic()
+            try:
+                return Reply(await self._once(request, url))
+            except TimeoutError as error:
+                raise _timeout() from error
+            except _BROKEN as error:
+                fresh = isinstance(error, aiohttp.ClientConnectorError) or time.monotonic() - sent < _STALE_SECONDS
+                if not fresh or request.attempts > self._settings.retries:
+                    raise UpstreamError(f"the upstream {url.host} can't be reached: {_why(error)}") from error
+                await asyncio.sleep(0.02)
+
+    async def _once(self, request: Request, url: URL) -> aiohttp.ClientResponse:
+        # aiohttp warns of large bytes, which it writes at once; a file it writes in pieces.
+        body: Any = request.body if len(request.body) < _AS_FILE else io.BytesIO(request.body)
+        return await self.session.request(
+            request.method,
+            url,
+            data=body or None,
+            headers=request.headers,
+            allow_redirects=False,
+            proxy=request.target.proxy,
+        )
+
+    def _url(self, request: Request) -> URL:
+        """Parsed once for the few paths without a query; never normalised, since the upstream knows its own URLs."""
+        key = (request.target.base, request.tail)
+        url = self._urls.get(key)
+        if url is None:
+            url = URL(f"{request.target.base}/{request.tail}", encoded=True)
+            if len(self._urls) < 256:
+                self._urls[key] = url
+        return URL(f"{url}?{request.query}", encoded=True) if request.query else url
+
+
+def headers_for(target: Target, given: list[Header], *, keyed: bool, unpacked: bool) -> list[tuple[str, str]]:
+    """The client's headers as they go upstream: without this hop's, without ours, credentials by the target's rule."""
+    own = keyed or target.own
+    sent: list[tuple[str, str]] = []
+    named = {name.strip() for key, value in given if key == b"connection" for name in value.lower().split(b",")}
+    for name, value in given:
+        if name in _NOT_SENT or name in named or name.startswith(b"x-ratchet-"):
+            continue
+        if (own and name in _CREDENTIALS) or (unpacked and name == b"content-encoding"):
+            continue
+        sent.append((name.decode("latin-1"), value.decode("latin-1")))
+    sent.append(("accept-encoding", "identity"))
+    sent.extend(target.headers)
+    return sent
+
+
+def _default(base: str, keyed: bool, headers: tuple[tuple[str, str], ...]) -> Target:
+    """The client's own key goes along, unless it is a Ratchet key: then the environment's does."""
+    host = urlsplit(base).hostname or ""
+    return Target(base, _HOSTS.get(host, host), own=keyed, headers=headers if keyed else (), proxy=_proxy(base))
+
+
+def _target(entry: ModelEntry, env: Mapping[str, str]) -> Target:
+    params = entry.litellm_params
+    provider, slash, name = str(params["model"]).partition("/")
+    base = params.get("api_base") or params.get("base_url") or (_RAW.get(provider) if slash else None)
+    if not slash or provider not in _RAW or base is None:
+        return Target(str(base or ""), provider if slash else "litellm", own=True, params=params)
+    key = params.get("api_key") or (env.get("OPENAI_API_KEY") if provider == "openai" else None)
+    extra = tuple((str(k), str(v)) for k, v in (params.get("extra_headers") or {}).items())
+    base = str(base).rstrip("/")
+    return Target(base, provider, name, own=True, headers=(*_bearer(key), *extra), proxy=_proxy(base))
+
+
+def _anthropic(target: Target) -> Target:
+    """An entry `anthropic/NAME` needs no translation for a client that speaks Anthropic's own dialect."""
+    params = target.params or {}
+    base = (target.base or "https://api.anthropic.com").rstrip("/")
+    base = base if base.endswith("/v1") else base + "/v1"
+    name = str(params["model"]).partition("/")[2]
+    headers = _anthropic_key(params.get("api_key") or os.environ.get("ANTHROPIC_API_KEY"))
+    return Target(base, "anthropic", name, own=True, headers=headers, proxy=_proxy(base))
+
+
+def _bearer(key: str | None) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {key}"),) if key else ()
+
+
+def _anthropic_key(key: str | None) -> tuple[tuple[str, str], ...]:
+    return (("x-api-key", key),) if key else ()
+
+
+def _proxy(base: str) -> str | None:
+    """The HTTP proxy that the environment names for a base URL. Read once: aiohttp would read it on every call."""
+    url = urlsplit(base)
+    if not url.hostname or proxy_bypass(url.hostname):
+        return None
+    return getproxies().get(url.scheme)
+
+
+def _timeout() -> UpstreamTimeout:
+    return UpstreamTimeout("the upstream did not answer in time (upstream.connect_timeout, upstream.read_timeout)")
+
+
+def broken() -> UpstreamError:
+    """The error for an answer that stopped before its end."""
+    return UpstreamError("the upstream broke off its answer", code="upstream_broken")
+
+
+def _why(error: BaseException) -> str:
+    return str(error) or type(error).__name__
