@@ -150,11 +150,11 @@ def write_atomically(path: Path, content: object) -> None:
 
 
 def collector_command(settings: Settings, shared: Runtime) -> Command:
-    """The collector's process. It gets the sections it needs and no key."""
-    config = settings.model_dump_json(include={"store", "slots", "rewards"})
-    argv = ["-P", "-m", "collector", "--socket", str(shared.collector_socket), "--config", config]
+    """The collector's process. It gets what it needs, and no key."""
+    config = settings.model_dump_json(exclude={"server", "model_list", "optimizer"})
+    argv = [sys.executable, "-P", "-m", "collector", "--socket", str(shared.collector_socket), "--config", "-"]
     argv += ["--parent-fd", str(shared.alive_fd)]
-    return Command([sys.executable, *argv], fds=(shared.alive_fd,))
+    return Command(argv, stdin=config.encode(), fds=(shared.alive_fd,))
 
 
 def worker_command(settings: Settings, shared: Runtime, listener: socket.socket, index: int, first: bool) -> Command:

@@ -1,0 +1,161 @@
+"""Operations: is it alive, is it ready, what did it count, what is it."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+
+from collector.errors import RatchetError
+from proxy.metrics import REGISTRY
+from proxy.routes.base import Context, Endpoint, Handler, json_response
+
+MAX_LAG = 30.0  # seconds that the store may be behind the journal before the server counts as not ready
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+LINES = Counter("ratchet_journal_lines", "Journal lines by what became of them", ("fate",), registry=REGISTRY)
+BYTES = Counter("ratchet_journal_bytes", "Bytes written to the journal", registry=REGISTRY)
+HEALTHY = Gauge(
+    "ratchet_journal_healthy", "1 while the disk takes what is written", registry=REGISTRY, multiprocess_mode="livemin"
+)
+REVISION = Gauge(
+    "ratchet_deployments_revision",
+    "The revision of the deployments in force",
+    registry=REGISTRY,
+    multiprocess_mode="livemin",
+)
+
+
+class Count:
+    """Carries a journal's own counters over into the metrics, by what was added since the last time."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._seen: dict[str, int] = {}
+
+    def update(self) -> None:
+        """Bring the metrics up to date."""
+        journal = self._context.journal
+        for fate in ("written", "synced", "dropped"):
+            LINES.labels(fate).inc(self._added(fate, getattr(journal, fate)))
+        BYTES.inc(self._added("bytes", journal.bytes))
+        HEALTHY.set(int(journal.healthy))
+        REVISION.set(self._context.versions.current.revision)
+
+    def _added(self, name: str, now: int) -> int:
+        added = now - self._seen.get(name, 0)
+        self._seen[name] = now
+        return added
+
+
+class Restarts(Collector):
+    """How often the supervisor restarted what, read from the file in which it keeps that."""
+
+    def __init__(self, state: Path) -> None:
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        """One counter, by process."""
+        family = CounterMetricFamily("ratchet_restarts", "Processes that died and were restarted", labels=["process"])
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            for name, number in orjson.loads(self._state.read_bytes())["restarts"].items():
+                family.add_metric([name], number)
+        yield family
+
+
+def endpoint(context: Context, handler: Handler) -> Endpoint:
+    """The handler as an endpoint that needs no key."""
+
+    async def served(request: Request) -> Response:
+        return await handler(context, request)
+
+    return served
+
+
+async def healthz(context: Context, _request: Request) -> Response:
+    """200 while this worker can serve and record; asks nobody else."""
+    problems = []
+    if context.draining:
+        problems.append("draining: running calls end, new ones are not taken")
+    if not context.journal.healthy:
+        problems.append(f"the journal cannot be written: {context.journal.last_error}")
+    body = {"status": "unhealthy" if problems else "ok", "problems": problems, "journal": context.journal.counters}
+    return json_response(body, 503 if problems else 200)
+
+
+async def readyz(context: Context, _request: Request) -> Response:
+    """200 when the whole is in order: collector reachable, deployments known, store not far behind the journal."""
+    problems: list[str] = []
+    body: dict[str, Any] = {"revision": context.versions.current.revision}
+    try:
+        stats = await context.link.stats()
+        body["lag_seconds"] = stats["loader"]["lag_s"]
+        if body["revision"] < stats["revision"]:
+            problems.append(f"revision {stats['revision']} of the deployments has not arrived yet")
+        if body["lag_seconds"] > MAX_LAG:
+            problems.append(f"the store is {body['lag_seconds']:.0f} s behind the journal")
+    except RatchetError as error:
+        problems.append(error.message)
+    if context.draining:
+        problems.append("draining")
+    body = {"status": "not ready" if problems else "ready", "problems": problems, **body}
+    return json_response(body, 503 if problems else 200)
+
+
+async def metrics(context: Context, _request: Request) -> Response:
+    """Prometheus text: of this worker, or of all where there are several."""
+    return Response(await run_in_threadpool(_exposition, context.state), media_type=TEXT)
+
+
+def _exposition(state: Path | None) -> bytes:
+    directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    text = _of_all(Path(directory)) if directory else generate_latest(REGISTRY)
+    if state is None:
+        return text
+    extra = CollectorRegistry()
+    extra.register(Restarts(state))
+    return text + generate_latest(extra)
+
+
+def _of_all(directory: Path) -> bytes:
+    from prometheus_client import multiprocess
+
+    for file in directory.glob("gauge_live*.db"):  # what a dead worker last said of itself is no longer so
+        pid = int(file.stem.rpartition("_")[2])
+        if not _lives(pid):
+            multiprocess.mark_process_dead(pid, str(directory))  # type: ignore[no-untyped-call]
+    merged = CollectorRegistry()
+    multiprocess.MultiProcessCollector(merged, str(directory))  # type: ignore[no-untyped-call]
+    return generate_latest(merged)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+async def about(context: Context, request: Request) -> Response:
+    """What this is, and what to do with it."""
+    base = str(request.base_url).rstrip("/")
+    return json_response(
+        {
+            "name": "ratchet",
+            "what": "A proxy for agents: records each call, serves the best prompt versions, learns from rewards.",
+            "use": f"OPENAI_BASE_URL={base}/v1",
+            "scoped": f"{base}/e/{{episode_id}}/v1",
+            "reward": f"POST {base}/reward",
+            "upstream": context.settings.upstream.default,
+            "see": [f"{base}/healthz", f"{base}/readyz", f"{base}/metrics", f"{base}/api/episodes"],
+        }
+    )

@@ -1,0 +1,210 @@
+"""One worker: `python -P -m proxy.worker N`, its settings on stdin. Serves calls on a listener that it inherits.
+
+What is heavy is imported late, and torch, DuckDB and LiteLLM not at all: a worker that died is back in a moment.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import uvicorn
+
+from collector.errors import RatchetError
+from collector.journal import Journal
+from collector.settings import Settings
+
+if TYPE_CHECKING:
+    from proxy.versions import Versions
+
+log = logging.getLogger("ratchet.worker")
+
+DRAIN = 30  # seconds that running calls get after SIGTERM
+ORPHANED = 0.8  # seconds to end in after the supervisor's death, whatever is running
+CANCEL = 2.0  # seconds that cancelled calls get to write their record
+PATIENCE = {True: 15.0, False: 1.0}  # seconds to wait for the first deployments: at the server's start, at a restart
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the supervisor says: file descriptors, paths, settings. `first`: this is no restart."""
+
+    index: int
+    listen_fd: int
+    alive_fd: int
+    runtime: Path
+    collector_socket: Path
+    first: bool
+    settings: Settings
+
+
+def read_spec(raw: bytes) -> Spec:
+    """The spec out of its JSON."""
+    given: dict[str, Any] = orjson.loads(raw)
+    return Spec(
+        given["index"],
+        given["listen_fd"],
+        given["alive_fd"],
+        Path(given["runtime"]),
+        Path(given["collector_socket"]),
+        given["first"],
+        Settings.model_validate(given["settings"]),
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn whose end is asked for by `drain` or `abandon`, not by signal handlers of its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to the worker: uvicorn would raise them again before the journal is sealed."""
+        yield
+
+    def drain(self) -> None:
+        """Take no more connections, let running calls end."""
+        self.should_exit = True
+
+    def abandon(self) -> None:
+        """The supervisor is dead: cut off what runs, so that it is recorded before the end."""
+        self.config.timeout_graceful_shutdown = 0
+        self.should_exit = True
+
+
+async def serve(spec: Spec, ready: Any) -> None:
+    """Serve until SIGTERM or the supervisor's death; on return the journal is sealed. `ready()` is called once."""
+    from proxy.app import App
+    from proxy.auth import Guard
+    from proxy.link import Link
+    from proxy.routes import cold
+    from proxy.routes.base import Context
+    from proxy.routes.ops import Count
+    from proxy.table import Table
+    from proxy.upstream import Upstream
+    from proxy.versions import Versions
+
+    settings, data_dir = spec.settings, spec.settings.store.data_dir
+    link = Link(spec.collector_socket)
+    upstream = Upstream(settings)
+    versions = Versions(link.snapshot, data_dir / "deployments.json", link.candidate)
+    versions.load_cache()
+    journal = Journal(data_dir / "journal", f"worker{spec.index}")
+    with Table(data_dir / "episodes.tab") as table, socket.socket(fileno=spec.listen_fd) as listener:
+        context = Context(
+            settings, journal, versions, upstream, link, Guard(settings.server), spec.runtime / "state.json"
+        )
+        server = Server(_config(App(settings, journal, versions, upstream, table, cold(context)), Count(context)))
+        _obey(server, context, spec.alive_fd, spec.runtime)
+        await _first_deployments(versions, PATIENCE[spec.first])
+        watching = asyncio.create_task(versions.watch())
+        ready()
+        try:
+            await server.serve(sockets=[listener])
+            await _let_end(server)
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            await upstream.close()
+            await link.close()
+            await asyncio.to_thread(journal.close)
+
+
+def _config(app: Any, count: Any) -> uvicorn.Config:
+    async def counted() -> None:
+        count.update()
+
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        proxy_headers=False,
+        server_header=False,
+        backlog=2048,
+        timeout_graceful_shutdown=DRAIN,
+        callback_notify=counted,
+        timeout_notify=1,
+    )
+
+
+def _obey(server: Server, context: Any, alive_fd: int, runtime: Path) -> None:
+    """End in order on SIGTERM, at once when the supervisor is gone; Ctrl-C is the supervisor's to handle."""
+    loop = asyncio.get_running_loop()
+
+    def drain() -> None:
+        context.draining = True
+        server.drain()
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(alive_fd, 1):
+                pass
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            loop.call_soon_threadsafe(server.abandon)
+        shutil.rmtree(runtime, ignore_errors=True)  # nobody else is left to do it
+        time.sleep(ORPHANED)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    loop.add_signal_handler(signal.SIGTERM, drain)
+    threading.Thread(target=watch, name="supervisor-watch", daemon=True).start()
+
+
+async def _first_deployments(versions: "Versions", patience: float) -> None:
+    """Wait for the collector's own snapshot; without it, serve from the cache: being up comes first."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            await versions.refresh()
+        except RatchetError as error:
+            if time.monotonic() < deadline:
+                await asyncio.sleep(0.05)
+                continue
+            log.warning("serving revision %d from the cache: %s", versions.current.revision, error.message)
+        return
+
+
+async def _let_end(server: Server) -> None:
+    """uvicorn cancels what is left when its patience ends, and does not wait for it: the records are still to come."""
+    if server.server_state.tasks:
+        await asyncio.wait(set(server.server_state.tasks), timeout=CANCEL)
+
+
+def _say_ready() -> None:
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """The process."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    spec = read_spec(sys.stdin.buffer.read())
+    if spec.settings.server.workers > 1:  # read by prometheus_client when it is imported
+        directory = spec.runtime / "metrics"
+        directory.mkdir(exist_ok=True)
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:  # each call holds two connections
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(spec, _say_ready))
+
+
+if __name__ == "__main__":
+    main()
