@@ -253,6 +253,12 @@ def query(collector: Service, body: bodies.QueryBody, request: Request) -> Respo
     return json_response(table.json())
 
 
+@reading.get("/identity")
+def identity(collector: Service) -> Response:
+    """Whose collector this is."""
+    return json_response(collector.identity())
+
+
 @reading.get("/stats")
 def stats(collector: Service) -> Response:
     """Counters."""

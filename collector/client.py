@@ -1,7 +1,29 @@
 """One interface to the collector, with or without a server: `Remote` speaks HTTP, `Local` opens the closed store."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+from urllib.parse import quote
+
+import httpx
+import orjson
+
+from collector import bodies, settings
+from collector.errors import BadInput, Conflict, NotFound, QueryError, RatchetError, Unavailable
+from collector.service import Collector
+
+R = TypeVar("R")
+_PROBE_SECONDS = 1.0
+_ANSWER_SECONDS = 60.0
+_ERRORS: dict[int, type[RatchetError]] = {
+    400: QueryError,
+    404: NotFound,
+    409: Conflict,
+    413: BadInput,
+    422: BadInput,
+    503: Unavailable,
+}
 
 
 class Client(Protocol):
@@ -71,6 +93,14 @@ class Client(Protocol):
         """One SELECT: {"columns": [...], "rows": [[...]], "truncated": bool}. Raises QueryError."""
         ...
 
+    def episode_otlp(self, episode_id: str) -> dict[str, Any]:
+        """The calls of one episode as an OTLP/JSON export. Raises NotFound."""
+        ...
+
+    def deployments(self, slot: str) -> list[dict[str, Any]]:
+        """The audit log of a slot, ascending. Raises NotFound."""
+        ...
+
     def jobs(self) -> list[dict[str, Any]]:
         """The latest state of every job, newest first."""
         ...
@@ -79,7 +109,7 @@ class Client(Protocol):
         """The latest state of one job. Raises NotFound."""
         ...
 
-    def events(self, events: list[dict[str, Any]]) -> None:
+    def events(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Journal `job` and `evaluation` events; returns once they are on disk. Raises BadInput naming the event."""
         ...
 
@@ -87,8 +117,8 @@ class Client(Protocol):
         """Paid rollouts, in the order in which they were loaded."""
         ...
 
-    def reward(self, body: Mapping[str, Any] | list[Mapping[str, Any]]) -> dict[str, Any] | list[dict[str, Any]]:
-        """POST /reward: {"reward_id"} once on disk (a list for a list). Raises BadInput."""
+    def reward(self, body: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Any:
+        """POST /reward: {"reward_id"} once on disk (a list of them for a list). Raises BadInput."""
         ...
 
     def flush(self) -> dict[str, Any]:
@@ -102,3 +132,331 @@ class Client(Protocol):
     def close(self) -> None:
         """Release the connection or the store."""
         ...
+
+
+class Remote:
+    """A running server, over HTTP. Raises Unavailable when nothing answers there."""
+
+    def __init__(self, url: str, api_key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        # trust_env off: a proxy of the environment must not see what goes to the own machine.
+        self._http = httpx.Client(
+            base_url=self.url, headers=headers, timeout=_ANSWER_SECONDS, transport=transport, trust_env=False
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def _ask(
+        self,
+        method: str,
+        *path: str,
+        body: Any = None,
+        params: Mapping[str, Any] | None = None,
+        patience: float = _ANSWER_SECONDS,
+    ) -> Any:
+        given = {name: value for name, value in (params or {}).items() if value is not None}
+        url = "/" + "/".join(quote(part, safe="") for part in path)
+        try:
+            answer = self._http.request(method, url, json=body, params=given, timeout=patience)
+        except httpx.ConnectError:
+            raise Unavailable(f"nothing answers at {self.url}: is `ratchet serve` running?") from None
+        except httpx.HTTPError as error:
+            raise Unavailable(f"{self.url} did not answer: {error or type(error).__name__}") from None
+        return _read(answer, self.url)
+
+    def identity(self, patience: float = _ANSWER_SECONDS) -> dict[str, Any]:
+        """Whose server this is: {"data_dir", "started_ns", "revision"}; answers fast whatever the store holds."""
+        return _dict(self._ask("GET", "api", "identity", patience=patience))
+
+    def slots(self) -> list[dict[str, Any]]:
+        """See Client."""
+        return _list(self._ask("GET", "api", "slots"), "slots")
+
+    def versions(self, slot: str) -> list[dict[str, Any]]:
+        """See Client."""
+        return _list(self._ask("GET", "api", "slots", slot, "versions"), "versions")
+
+    def version(self, slot: str, version: int) -> dict[str, Any]:
+        """See Client."""
+        return _dict(self._ask("GET", "api", "slots", slot, "versions", str(version)))
+
+    def add_version(self, slot: str, **body: Any) -> dict[str, Any]:
+        """See Client."""
+        return _dict(self._ask("POST", "api", "slots", slot, "versions", body=body))
+
+    def add_candidate(self, slot: str, template: str) -> str:
+        """See Client."""
+        answer = self._ask("POST", "api", "slots", slot, "candidates", body={"template": template})
+        return str(answer["candidate"])
+
+    def candidate(self, slot: str, candidate: str) -> str:
+        """See Client."""
+        return str(self._ask("GET", "api", "slots", slot, "candidates", candidate)["template"])
+
+    def promote(
+        self,
+        slot: str,
+        version: int,
+        traffic: float = 1.0,
+        evidence: str = "manual",
+        job_id: str | None = None,
+        note: str | None = None,
+    ) -> int:
+        """See Client."""
+        body = {"version": version, "traffic": traffic, "evidence": evidence, "job_id": job_id, "note": note}
+        return int(self._ask("POST", "api", "slots", slot, "promote", body=body)["revision"])
+
+    def rollback(self, slot: str, evidence: str = "manual", job_id: str | None = None, note: str | None = None) -> int:
+        """See Client."""
+        body = {"evidence": evidence, "job_id": job_id, "note": note}
+        return int(self._ask("POST", "api", "slots", slot, "rollback", body=body)["revision"])
+
+    def snapshot(self, after: int | None = None, timeout: float = 0) -> dict[str, Any]:
+        """See Client."""
+        params = {"after": after, "timeout": timeout}
+        return _dict(self._ask("GET", "api", "deployments", params=params, patience=timeout + _ANSWER_SECONDS))
+
+    def episodes(self, limit: int = 50, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
+        """See Client."""
+        return _dict(self._ask("GET", "api", "episodes", params={"limit": limit, "cursor": cursor, **filters}))
+
+    def episode(self, episode_id: str) -> dict[str, Any]:
+        """See Client."""
+        return _dict(self._ask("GET", "api", "episodes", episode_id))
+
+    def spans(self, limit: int = 50, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
+        """See Client."""
+        return _dict(self._ask("GET", "api", "spans", params={"limit": limit, "cursor": cursor, **filters}))
+
+    def query(self, sql: str, limit: int = 10_000) -> dict[str, Any]:
+        """See Client."""
+        return _dict(self._ask("POST", "api", "query", body={"sql": sql, "limit": limit}))
+
+    def episode_otlp(self, episode_id: str) -> dict[str, Any]:
+        """See Client."""
+        return _dict(self._ask("GET", "api", "episodes", episode_id, "otlp"))
+
+    def deployments(self, slot: str) -> list[dict[str, Any]]:
+        """See Client."""
+        return _list(self._ask("GET", "api", "slots", slot, "deployments"), "deployments")
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """See Client."""
+        return _list(self._ask("GET", "api", "jobs"), "jobs")
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """See Client."""
+        return _dict(self._ask("GET", "api", "jobs", job_id))
+
+    def events(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """See Client."""
+        self._ask("POST", "api", "events", body=list(events))
+
+    def evaluations(self, job_id: str | None = None) -> list[dict[str, Any]]:
+        """See Client."""
+        return _list(self._ask("GET", "api", "evaluations", params={"job_id": job_id}), "evaluations")
+
+    def reward(self, body: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Any:
+        """See Client."""
+        return self._ask("POST", "reward", body=body if isinstance(body, Mapping) else list(body))
+
+    def flush(self) -> dict[str, Any]:
+        """See Client."""
+        return _dict(self._ask("POST", "api", "flush"))
+
+    def stats(self) -> dict[str, Any]:
+        """See Client."""
+        return _dict(self._ask("GET", "api", "stats"))
+
+
+def _read(answer: httpx.Response, url: str) -> Any:
+    """The JSON of an answer, or the error that it carries, as the class that the server raised."""
+    try:
+        value = answer.json()
+    except ValueError:
+        raise Unavailable(f"{url} answered {answer.status_code} without JSON: is it a Ratchet server?") from None
+    if answer.is_success:
+        return value
+    error = value.get("error") if isinstance(value, dict) else None
+    if not isinstance(error, dict):
+        raise Unavailable(f"{url} answered {answer.status_code}: is it a Ratchet server?")
+    kind = _ERRORS.get(answer.status_code, RatchetError)
+    raise kind(str(error.get("message")), param=error.get("param"), code=error.get("code"))
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Unavailable("the server answered something else than an object")
+    return value
+
+
+def _list(value: Any, key: str) -> list[dict[str, Any]]:
+    return list(_dict(value)[key])
+
+
+class Local:
+    """The closed store, opened in place under its lock: what was written before a call is read by it.
+
+    Raises Conflict when a server has the data directory.
+    """
+
+    def __init__(self, data_dir: str | Path | None = None, config: settings.Settings | None = None) -> None:
+        config = config or settings.load(flags={"store.data_dir": None if data_dir is None else str(data_dir)})
+        if data_dir is not None:
+            store = config.store.model_copy(update={"data_dir": Path(data_dir)})
+            config = config.model_copy(update={"store": store})
+        self.collector = Collector(config, background=False)
+
+    def close(self) -> None:
+        """Load what is left and release the directory."""
+        self.collector.close()
+
+    def _read(self, ask: Callable[[Collector], R]) -> R:
+        self.collector.flush()
+        return ask(self.collector)
+
+    def slots(self) -> list[dict[str, Any]]:
+        """See Client."""
+        return self.collector.slots()
+
+    def versions(self, slot: str) -> list[dict[str, Any]]:
+        """See Client."""
+        return self.collector.versions(slot)
+
+    def version(self, slot: str, version: int) -> dict[str, Any]:
+        """See Client."""
+        return self.collector.version(slot, version)
+
+    def add_version(self, slot: str, **body: Any) -> dict[str, Any]:
+        """See Client."""
+        return self.collector.add_version(slot, bodies.check(bodies.VersionBody, body))
+
+    def add_candidate(self, slot: str, template: str) -> str:
+        """See Client."""
+        return self.collector.add_candidate(slot, bodies.check(bodies.CandidateBody, {"template": template}).template)
+
+    def candidate(self, slot: str, candidate: str) -> str:
+        """See Client."""
+        return self.collector.candidate(slot, candidate)
+
+    def promote(
+        self,
+        slot: str,
+        version: int,
+        traffic: float = 1.0,
+        evidence: str = "manual",
+        job_id: str | None = None,
+        note: str | None = None,
+    ) -> int:
+        """See Client."""
+        body = {"version": version, "traffic": traffic, "evidence": evidence, "job_id": job_id, "note": note}
+        return self.collector.promote(slot, bodies.check(bodies.PromoteBody, body))
+
+    def rollback(self, slot: str, evidence: str = "manual", job_id: str | None = None, note: str | None = None) -> int:
+        """See Client."""
+        body = {"evidence": evidence, "job_id": job_id, "note": note}
+        return self.collector.rollback(slot, bodies.check(bodies.DecisionBody, body))
+
+    def snapshot(self, after: int | None = None, timeout: float = 0) -> dict[str, Any]:
+        """See Client. Nobody else can change a store that is open here: never waits."""
+        return self.collector.snapshot()
+
+    def episodes(self, limit: int = 50, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
+        """See Client."""
+        return self._read(lambda collector: collector.episodes(limit, cursor, **filters))
+
+    def episode(self, episode_id: str) -> dict[str, Any]:
+        """See Client."""
+        return self._read(lambda collector: collector.episode(episode_id))
+
+    def spans(self, limit: int = 50, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
+        """See Client."""
+        return self._read(lambda collector: collector.spans(limit, cursor, **filters))
+
+    def query(self, sql: str, limit: int = 10_000) -> dict[str, Any]:
+        """See Client."""
+        return self._read(lambda collector: collector.query(sql, limit).json())
+
+    def episode_otlp(self, episode_id: str) -> dict[str, Any]:
+        """See Client."""
+        return self._read(lambda collector: collector.episode_otlp(episode_id))
+
+    def deployments(self, slot: str) -> list[dict[str, Any]]:
+        """See Client."""
+        self.collector.versions(slot)
+        return self.collector.deployments(slot)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """See Client."""
+        return self._read(Collector.jobs)
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """See Client."""
+        return self._read(lambda collector: collector.job(job_id))
+
+    def events(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """See Client."""
+        self.collector.events(list(events))
+
+    def evaluations(self, job_id: str | None = None) -> list[dict[str, Any]]:
+        """See Client."""
+        return self._read(lambda collector: collector.evaluations(job_id))
+
+    def reward(self, body: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Any:
+        """See Client."""
+        return self.collector.reward(body if isinstance(body, Mapping) else list(body))
+
+    def flush(self) -> dict[str, Any]:
+        """See Client."""
+        return dict(self.collector.flush())
+
+    def stats(self) -> dict[str, Any]:
+        """See Client."""
+        return self._read(Collector.stats)
+
+
+def open_client(
+    url: str | None = None,
+    data_dir: str | Path | None = None,
+    api_key: str | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Client:
+    """The client for a command: the server at `url` (or RATCHET_URL), else the server of `data_dir`, else its store.
+
+    The key is `api_key` or RATCHET_API_KEY. Raises Unavailable when `url` was given and does not answer, Conflict
+    when the store is in use by a server that does not answer.
+    """
+    env = os.environ if environ is None else environ
+    key = api_key or env.get("RATCHET_API_KEY")
+    url = url or (None if data_dir is not None else env.get("RATCHET_URL"))
+    if url:
+        return Remote(url, key)
+    flags = {"store.data_dir": None if data_dir is None else str(data_dir)}
+    config = settings.load(flags=flags, environ=env)
+    found = _serving(config.store.data_dir, key)
+    return found if found is not None else Local(config=config)
+
+
+def _serving(data_dir: Path, api_key: str | None) -> Remote | None:
+    """The server that has `data_dir` open, as it says itself in server.json or answers on the default port."""
+    for url in (_announced(data_dir), settings.DEFAULT_URL):
+        if url is None:
+            continue
+        remote = Remote(url, api_key)
+        try:
+            if remote.identity(_PROBE_SECONDS)["data_dir"] == str(data_dir.resolve()):
+                return remote
+        except (RatchetError, KeyError):  # nobody there, or somebody else
+            pass
+        remote.close()
+    return None
+
+
+def _announced(data_dir: Path) -> str | None:
+    try:
+        return str(orjson.loads((data_dir / "server.json").read_bytes())["url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

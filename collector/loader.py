@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 from zlib import crc32
 
 import duckdb
@@ -122,7 +121,7 @@ class Loader:
         """Check every line; with broken ones, they go to quarantine and a copy of the rest is to be loaded."""
         path = self._directory / (name + journal.SEALED)
         data = path.read_bytes()
-        good, bad = _sift(data)
+        good, bad = sift(data)
         segment = Segment(
             name=name,
             path=path,
@@ -194,7 +193,7 @@ def kind(line: bytes) -> str:
     return line[_KIND_AT : line.index(b'"', _KIND_AT)].decode()
 
 
-def _sift(data: bytes) -> tuple[list[bytes], list[bytes]]:
+def sift(data: bytes) -> tuple[list[bytes], list[bytes]]:
     """`(good, bad)` lines; a line is good when it ends in the checksum of itself. Blank ones were taken back."""
     good: list[bytes] = []
     bad: list[bytes] = []
@@ -205,12 +204,6 @@ def _sift(data: bytes) -> tuple[list[bytes], list[bytes]]:
         elif line.strip():
             bad.append(line)
     return good, bad
-
-
-def read_segment(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """`(events, broken lines)` of one segment, for verification."""
-    good, bad = _sift(path.read_bytes())
-    return [journal.decode(line) for line in good], len(bad)
 
 
 def _batches(names: Sequence[str]) -> Iterator[list[str]]:

@@ -342,21 +342,26 @@ class Collector:
         """Paid rollouts."""
         return self.store.evaluations(job_id)
 
+    def identity(self) -> dict[str, Any]:
+        """Whose collector this is, without a look at the store: {"data_dir", "started_ns", "revision"}."""
+        return {
+            "data_dir": str(self.data_dir.resolve()),
+            "started_ns": self.started_ns,
+            "revision": self.registry.revision,
+        }
+
     def stats(self) -> dict[str, Any]:
         """What was written, loaded, lost, and how far behind the store is."""
         with self._lock:
-            revision, slots = self.registry.revision, len(self.registry.slots())
-            versions = sum(slot["versions"] for slot in self.registry.slots())
+            slots = self.registry.slots()
         return {
             **self.store.stats(),
-            "slots": slots,
-            "versions": versions,
-            "revision": revision,
+            **self.identity(),
+            "slots": len(slots),
+            "versions": sum(slot["versions"] for slot in slots),
             "rebuilt": self.store.rebuilt,
             "journal": self.journal.counters,
             "loader": asdict(self.loader.counters),
-            "data_dir": str(self.data_dir.resolve()),
-            "started_ns": self.started_ns,
         }
 
 
