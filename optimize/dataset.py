@@ -11,6 +11,8 @@ from typing import Any
 
 from collector.errors import BadInput
 
+UNTOLD = ("id", "group", "expected", "answer")  # fields for Ratchet and the grader, which no prompt is made of
+
 
 @dataclass(frozen=True)
 class Task:

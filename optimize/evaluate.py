@@ -16,6 +16,7 @@ from optimize.patience import patiently
 from optimize.runner import Plan, Rollout, Runner
 
 UNREACHABLE_TRIES = 3
+ANSWER_CHARS = 4000  # of an answer, as journalled and as an engine sees it: the same before and after a resume
 SOURCE_BYTES = 1 << 20  # a named file up to this size is part of the command's identity
 
 
@@ -173,7 +174,7 @@ class AgentEvaluator:
             "reward": rollout.reward,
             "ok": rollout.ok,
             "reason": rollout.reason,
-            "answer": rollout.answer,
+            "answer": rollout.answer[:ANSWER_CHARS],
             "seconds": rollout.seconds,
             "input_tokens": rollout.input_tokens,
             "output_tokens": rollout.output_tokens,
@@ -202,7 +203,7 @@ def _outcome(request: Request, rollout: Rollout) -> Outcome:
         rollout.score,
         ok=rollout.ok,
         reason=rollout.reason,
-        answer=rollout.answer,
+        answer=rollout.answer[:ANSWER_CHARS],
         feedback=feedback(request.task, rollout.reason, rollout.detail),
         tokens=tokens([rollout.input_tokens, rollout.output_tokens]),
         seconds=rollout.seconds,

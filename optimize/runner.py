@@ -173,8 +173,7 @@ class Runner:
             return await run_process(command, stdin=plan.task.json + "\n", env=env, cwd=cwd, seconds=self._timeout)
 
     def _new_episode(self, plan: Plan) -> str:
-        task = re.sub(r"[^A-Za-z0-9._-]", "_", plan.task.id)[:64]
-        return f"run-{self._run_id}-{task}-{plan.replicate}-{secrets.token_hex(4)}"
+        return f"run-{self._run_id}-{task_part(plan.task.id)}-{plan.replicate}-{secrets.token_hex(4)}"
 
     def _environment(self, plan: Plan, episode: str) -> dict[str, str]:
         scope = f"/e/{episode}/with/{plan.pin}/v1" if plan.pin else f"/e/{episode}/v1"
@@ -281,6 +280,11 @@ def _summary(episode: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("input_tokens", "output_tokens")
     }
     return {"steps": len(steps), **totals, "reward": episode.get("reward")}
+
+
+def task_part(task_id: str) -> str:
+    """What of a task's id is in the ids of its episodes."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", task_id)[:64]
 
 
 def tail(text: str) -> str:

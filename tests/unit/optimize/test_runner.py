@@ -70,11 +70,8 @@ def test_a_key_of_the_user_reaches_the_agent(tmp_path: Path, world: World) -> No
 
 
 def test_what_the_agent_posts_itself_is_the_reward_and_the_grader_stays_silent(tmp_path: Path, world: World) -> None:
-    source = AGENT + (
-        "body = json.dumps({'episode_id': os.environ['RATCHET_EPISODE'], 'value': 0.25}).encode()\n"
-        "urllib.request.urlopen(urllib.request.Request(os.environ['RATCHET_URL'] + '/reward', body,"
-        " {'content-type': 'application/json'}))\n"
-    )
+    body = "{'episode_id': os.environ['RATCHET_EPISODE'], 'value': 0.25}"
+    source = AGENT + f"post(os.environ['RATCHET_URL'] + '/reward', {body})\n"
     done = run(world, script(tmp_path, source))
     assert (done.ok, done.reward) == (True, 0.25)
     assert len(world.rewards) == 1

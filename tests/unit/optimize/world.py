@@ -17,15 +17,20 @@ from collector.errors import NotFound, Unavailable
 
 SCOPE = re.compile(r"^/e/([^/]+)(?:/with/([^/@]+)@([^/]+))?/v1/chat/completions$")
 
-# Starts in a few hundredths of a second: the tests start many.
+# Starts in a hundredth of a second, since the tests start hundreds: no import but json and a socket.
 AGENT = """
-import json, os, sys, urllib.request
+import json, os, socket, sys
+def post(url, body):
+    host, _, path = url.removeprefix("http://").partition("/")
+    data = json.dumps(body).encode()
+    head = f"POST /{path} HTTP/1.0\\r\\nauthorization: Bearer {os.environ['OPENAI_API_KEY']}\\r\\n"
+    with socket.create_connection(tuple(host.split(":")), timeout=20) as connection:
+        connection.sendall(f"{head}content-length: {len(data)}\\r\\n\\r\\n".encode() + data)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    return json.loads(answer.partition(b"\\r\\n\\r\\n")[2])
 task = json.loads(sys.stdin.readline())
-body = {"model": "scripted", "messages": [
-    {"role": "system", "content": "You are a helper."}, {"role": "user", "content": task["question"]}]}
-request = urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/chat/completions", json.dumps(body).encode(),
-    {"content-type": "application/json", "authorization": "Bearer " + os.environ["OPENAI_API_KEY"]})
-reply = json.load(urllib.request.urlopen(request, timeout=20))
+reply = post(os.environ["OPENAI_BASE_URL"] + "/chat/completions", {"model": "scripted", "messages": [
+    {"role": "system", "content": "You are a helper."}, {"role": "user", "content": task["question"]}]})
 print(reply["choices"][0]["message"]["content"])
 """
 
@@ -177,6 +182,8 @@ class World:
         if "from jobs" in sql:
             jobs = [event for event in self.events_ if event["event"] == "job" and event["status"] == "cancelled"]
             return {"columns": ["job_id", "ts_ns"], "rows": [[job["job_id"], job["ts_ns"]] for job in jobs]}
+        if "prompt_slot" in sql:
+            return self._best()
         self.queries += 1
         columns = ["episode_id", "steps", "input_tokens", "output_tokens", "reward"]
         names = list(dict.fromkeys(span["episode_id"] for span in reversed(self.spans_)))
@@ -185,6 +192,13 @@ class World:
             row = self._row(name)
             rows.append([name, len(row["steps"]), 5 * len(row["steps"]), len(row["steps"]), row["reward"]])
         return {"columns": columns, "rows": rows, "truncated": False}
+
+    def _best(self) -> dict[str, Any]:
+        columns = ["episode_id", "prompt_slot", "input_messages", "output_messages", "reward"]
+        rows = [{**span, **self._row(span["episode_id"]), "prompt_slot": span["slot"]} for span in self.spans_[::-1]]
+        texts = [{**row, **{name: json.dumps(row[name]) for name in columns[2:4]}} for row in rows]
+        found = [[row[name] for name in columns] for row in texts if len(row["steps"]) == 1 and row["reward"] == 1.0]
+        return {"columns": columns, "rows": found}
 
     def reward(self, body: Any) -> Any:
         self._available()

@@ -1,0 +1,120 @@
+"""What a prompt search came to: as an object, as JSON, as a report page."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Literal
+
+from optimize.apo.factorial import SearchResult
+from optimize.gate import Verdict
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One held-out task under both prompts; a failed rollout scored 0."""
+
+    task_id: str
+    before: float
+    after: float
+    answer_before: str = ""
+    answer_after: str = ""
+    reason_before: str | None = None
+    reason_after: str | None = None
+
+
+@dataclass(frozen=True)
+class ApoResult:
+    """The outcome. `gate` is None where no candidate reached it; `rollouts` were paid by this job, `calls` are theirs.
+
+    `version` is the candidate's number in the registry (None: rejected or none), `revision` the deployment's.
+    """
+
+    job_id: str
+    slot: str
+    verdict: Literal["promote", "shadow", "reject"]
+    promoted: bool
+    reason: str
+    seed_template: str
+    best_template: str
+    seed_version: int
+    version: int | None
+    revision: int | None
+    gate: Verdict | None
+    pairs: tuple[HeldOut, ...]
+    search: SearchResult
+    rollouts: int
+    calls: int
+    seconds: float
+    report: Path | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json` and the job's result."""
+        return {
+            "job_id": self.job_id,
+            "verdict": self.verdict,
+            "promoted": self.promoted,
+            "reason": self.reason,
+            "slot": self.slot,
+            "version": self.version,
+            "revision": self.revision,
+            "holdout": None if self.gate is None else holdout(self.gate),
+            "rollouts": self.rollouts,
+            "calls": self.calls,
+            "seconds": round(self.seconds, 3),
+            "report": None if self.report is None else str(self.report),
+            "seed_template": self.seed_template,
+            "best_template": self.best_template,
+            "search": {
+                "stop": self.search.stop,
+                "reason": self.search.reason,
+                "rollouts": self.search.rollouts,
+                "gain": self.search.gain,
+                "gain_sd": self.search.gain_sd,
+                "p_gain": self.search.p_gain,
+                "parts": [part.text for part in self.search.best_parts],
+            },
+            "pairs": [{"task_id": pair.task_id, "before": pair.before, "after": pair.after} for pair in self.pairs],
+        }
+
+
+def holdout(gate: Verdict) -> dict[str, Any]:
+    """The gate's figures under their public names."""
+    names = ("n", "before", "after", "diff", "p_value", "alpha", "candidates_tried", "needed_n")
+    return {**{name: getattr(gate, name) for name in names}, "ci95": list(gate.ci95)}
+
+
+def write_report(result: ApoResult, folder: Path) -> Path:
+    """Write `{job_id}.html` and `{job_id}.json` into `folder`; the page's path comes back."""
+    from optimize.report import Pair, PartRow, Point, PromptReport, write
+
+    search = result.search
+    before = search.value - search.gain
+    points = [Point(rollouts, before + gain, _sd(gain, p, search.gain_sd)) for rollouts, gain, p in search.history]
+    parts = [
+        PartRow(row.part.text, row.part.kind, row.part.source, row.mean, row.sd, row.chosen) for row in search.parts
+    ]
+    page = PromptReport(
+        slot=result.slot,
+        job_id=result.job_id,
+        seed_template=result.seed_template,
+        best_template=result.best_template,
+        verdict=result.gate,
+        outcome=result.reason,
+        rollouts=result.rollouts,
+        calls=result.calls,
+        seconds=result.seconds,
+        history=points,
+        parts=parts,
+        pairs=[Pair(p.task_id, p.before, p.after, p.answer_before, p.answer_after) for p in result.pairs],
+        rejected=search.rejected,
+    )
+    path = write(page, folder / f"{result.job_id}.html")
+    path.with_suffix(".json").write_text(json.dumps({**result.as_dict(), "report": str(path)}, indent=2) + "\n")
+    return path
+
+
+def _sd(gain: float, p_gain: float, otherwise: float) -> float:
+    """The standard deviation that goes with a normal belief's mean and its probability of being above 0."""
+    z = NormalDist().inv_cdf(min(max(p_gain, 1e-12), 1 - 1e-12))
+    return gain / z if gain * z > 0 else otherwise

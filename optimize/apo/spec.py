@@ -1,0 +1,76 @@
+"""What a prompt search was asked to do: all that a resumed job needs, and no secret."""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from collector.errors import BadInput
+from optimize.dataset import Task, load_tasks, split
+
+Promote = Literal["auto", "canary", "never"]
+CANARY_SHARE = 0.1
+MIN_BUDGET = 20
+
+
+@dataclass(frozen=True)
+class ApoSpec:
+    """`budget` is in rollouts of the search; the held-out test adds two a held-out task. `holdout`: count or share."""
+
+    slot: str
+    tasks: str
+    command: tuple[str, ...]
+    grader: str | None = None
+    budget: int = 400
+    holdout: int | float = 0.4
+    seed: int = 0
+    engine: str = "factorial"
+    promote: Promote = "auto"
+    concurrency: int = 4
+    timeout: float = 120.0
+    sandbox: bool = False
+    model: str | None = None  # OPENAI_MODEL as the agent sees it
+    cwd: str = field(default_factory=lambda: str(Path.cwd()))
+    tasks_sha256: str | None = None
+    started_ns: int = field(default_factory=time.time_ns)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return {**asdict(self), "command": list(self.command)}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> "ApoSpec":
+        """The spec of a stored job. Raises BadInput where it is none."""
+        known = {item.name for item in fields(cls)}
+        try:
+            spec = cls(**{name: value for name, value in found.items() if name in known})
+            return cls(**{**asdict(spec), "command": tuple(spec.command)})
+        except TypeError as error:
+            raise BadInput(f"the job's spec cannot be read: {error}") from None
+
+    def load(self) -> tuple[list[Task], list[Task]]:
+        """`(search, held-out)` tasks. Raises BadInput where the file is wrong, or is not the one the job began with."""
+        path = Path(self.cwd) / self.tasks
+        tasks = load_tasks(path)
+        if self.tasks_sha256 not in (None, file_sha256(path)):
+            raise BadInput(f"{path} is not the file that the job began with: start a new job", param="tasks")
+        return split(tasks, self.holdout, self.seed)
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check(spec: ApoSpec) -> None:
+    """Raise BadInput for what can be seen to be wrong before anything runs."""
+    if spec.engine != "factorial":
+        raise BadInput(f"there is no engine {spec.engine!r}; there is: factorial", param="engine")
+    if spec.promote not in ("auto", "canary", "never"):
+        raise BadInput(f"--promote is auto, canary or never, not {spec.promote!r}", param="promote")
+    if spec.budget < MIN_BUDGET:
+        raise BadInput(f"a search needs a budget of at least {MIN_BUDGET} rollouts, not {spec.budget}", param="budget")
+    if not spec.command:
+        raise BadInput("give the agent's command after --, for example: -- python agent.py", param="command")
