@@ -1,6 +1,7 @@
 """A real `ratchet serve` as a child process, for tests: started on a free loopback port, ended when the block is."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -26,8 +27,9 @@ class Served:
     process: "subprocess.Popen[bytes]"
     log: Path
 
-    @property
+    @functools.cached_property
     def client(self) -> Remote:
+        """The API's client; closed with the server."""
         return Remote(self.url)
 
     def environment(self, **more: str) -> dict[str, str]:
@@ -49,9 +51,13 @@ def served(data_dir: Path, upstream: str, *flags: str, config: Path | None = Non
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, env=environment
         )
+    running: Served | None = None
     try:
-        yield Served(_url(data_dir, process, log), data_dir, process, log)
+        running = Served(_url(data_dir, process, log), data_dir, process, log)
+        yield running
     finally:
+        if running is not None:
+            running.client.close()
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         try:
