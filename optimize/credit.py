@@ -10,11 +10,12 @@
 | leave_one_out | R minus the mean of the task's other episodes | key |
 | group | (R - mean) / (std + eps) over the task's episodes | key, eps |
 | gae | sum of discounted TD residuals, V fitted to returns | gamma 1, lam 0.95, value, folds |
-| td_lambda | the same, V fitted to its own lambda-returns | gamma 1, lam 0.8, value, folds, rounds 3 |
+| td_lambda | the same, V fitted to its own lambda-returns | gamma 1, lam 0.5, value, folds, rounds 3 |
 | gigpo | group + weight x group over equal step inputs | key, anchor, gamma 0.95, weight 1, eps, normalise |
 | shaped | return-to-go of r + gamma Phi' - Phi | gamma 1, potential (default: the fitted V), value, folds |
 
-For all: `weights`, `roles`, `standardise` (see `assign`).
+The smaller lam, the less variance, and the more a poor V bends the result: where V predicts nothing, a small lam
+leaves early steps without credit. For all: `weights`, `roles`, `standardise` (see `assign`).
 """
 
 import inspect
@@ -233,7 +234,7 @@ def _td_lambda(
     rollouts: Sequence[_Rollout],
     *,
     gamma: float = 1.0,
-    lam: float = 0.8,
+    lam: float = 0.5,
     value: ValueModel | None = None,
     folds: int = 5,
     rounds: int = 3,

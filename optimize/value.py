@@ -40,9 +40,9 @@ class ValueModel(Protocol):
 class Ridge:
     """Weighted ridge regression on hashed text and step features; the penalty is chosen on left-out episodes.
 
-    Features: the words of the task and of the last message (signed hashing, Weinberger et al. 2009, arXiv 0902.2206),
-    each block of length 1; the step's number and role; and the whole input as one indicator, so that states which come
-    often are learnt exactly. `penalties` are in episodes: the largest falls back to the mean of all returns.
+    Features: the words of the task, of the last message and of all messages (signed hashing, Weinberger et al. 2009,
+    arXiv 0902.2206), each block of length 1; the step's number and role; and the whole input as one indicator, so that
+    states which come often are learnt exactly. `penalties` are in episodes: the largest falls back to the mean of all returns.
     """
 
     dimensions: int = 512
@@ -86,7 +86,8 @@ class Ridge:
     def _hashed(self, state: State) -> tuple[NDArray[np.intp], Floats]:
         columns: list[int] = []
         values: list[float] = []
-        blocks = {"task": Counter(WORD.findall(state.task)), "last": Counter(WORD.findall(state.last))}
+        texts = {"task": state.task, "last": state.last, "all": state.text}
+        blocks = {block: Counter(WORD.findall(text)) for block, text in texts.items()}
         blocks["place"] = Counter([f"step {state.step}", f"role {state.role}"])
         blocks["whole"] = Counter([f"{state.step} {state.digest}", state.digest])
         for block, words in blocks.items():
