@@ -1,0 +1,42 @@
+"""The processes of a running server, found by who started whom."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def parent(pid: int) -> int | None:
+    """The parent of a process that is alive; a zombie counts as gone."""
+    try:
+        state, ppid, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state == "Z" else int(ppid)
+
+
+def children(pid: int) -> list[int]:
+    """The living children of a process."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and parent(int(name)) == pid]
+
+
+def arguments(pid: int) -> list[str]:
+    """The command line of a process, [] when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def find(server: int, module: str) -> list[int]:
+    """The children of a server that run a module: `collector` or `proxy.worker`."""
+    return sorted(pid for pid in children(server) if module in arguments(pid))
+
+
+def until(condition: Callable[[], object], seconds: float, what: str) -> float:
+    """Wait for a condition; returns how long that took."""
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < seconds, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+    return time.monotonic() - begun
