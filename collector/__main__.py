@@ -87,13 +87,11 @@ def _serve(collector: Collector, socket: str, parent_fd: int | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     if parent_fd is not None:
-        threading.Thread(target=_watch, args=(parent_fd, server.stop), name="parent", daemon=True).start()
+        follow(parent_fd, lambda: _orphaned(server.stop))
     asyncio.run(server.serve())
 
 
-def _watch(parent_fd: int, stop: Callable[[], None]) -> None:
-    while os.read(parent_fd, 64):
-        pass
+def _orphaned(stop: Callable[[], None]) -> None:
     log.warning("the parent is gone")
     stop()
     # Everything acknowledged is in the journal: a final load that takes longer may as well wait for the next start.

@@ -7,10 +7,11 @@ process, and keeps one agent process running all along, whose next answers chang
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,15 +98,14 @@ def process(command: Sequence[str], environment: dict[str, str], log: Path) -> I
         os.close(alive_write)
 
 
-def wait_for(path: Path, child: subprocess.Popen[str], log: Path, what: str) -> dict[str, Any]:
-    """The JSON that a server writes to `path` once it answers."""
+def wait_for(ready: Callable[[], str | None], child: subprocess.Popen[str], log: Path, what: str) -> str:
+    """The URL that `ready` finds once a server answers. Raises RatchetError with the server's last words."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if child.poll() is not None:
             raise RatchetError(f"{what} ended at start:\n{log.read_text()[-2000:]}")
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            found: dict[str, Any] = json.loads(path.read_text())
-            return found
+        if (url := ready()) is not None:
+            return url
         time.sleep(0.05)
     raise RatchetError(f"{what} did not become ready within {START_SECONDS:.0f} s; see {log}")
 
@@ -122,11 +122,16 @@ def upstream(stage: Stage) -> Iterator[None]:
     console.print(f"[bold]Model[/] {LOCAL_MODEL} on this machine's CPU, served by `ratchet engine`")
     with stage.timed("model"):
         ensure_demo_model(stage.home / "data")
-    ready, log = stage.data / "engine.json", stage.data / "engine.log"
-    command = ratchet("engine", "--model", LOCAL_MODEL, "--port", "0", "--data-dir", str(stage.home / "data"))
+    log = stage.data / "engine.log"
+    engine = ratchet("engine", "--model", LOCAL_MODEL, "--port", "0", "--data-dir", str(stage.home / "data"))
+
+    def ready() -> str | None:
+        found = re.search(r"ready at (\S+)", log.read_text())
+        return found.group(1) if found else None
+
     began = time.monotonic()
-    with process([*command, "--ready-file", str(ready)], stage.environment, log) as child:
-        stage.upstream = wait_for(ready, child, log, "the engine")["url"]
+    with process(engine, {**stage.environment, "COLUMNS": "200"}, log) as child:
+        stage.upstream = wait_for(ready, child, log, "the engine")
         stage.seconds["engine"] = round(time.monotonic() - began, 3)
         yield
 
@@ -135,9 +140,15 @@ def upstream(stage: Stage) -> Iterator[None]:
 def served(stage: Stage) -> Iterator[None]:
     """`ratchet serve` between the agent and the model."""
     log = stage.data / "serve.log"
-    command = ratchet("serve", "--port", "0", "--data-dir", str(stage.data), "--upstream", str(stage.upstream))
-    with process(command, stage.environment, log) as child:
-        stage.url = wait_for(stage.data / "server.json", child, log, "the proxy")["url"]
+    serve = ratchet("serve", "--port", "0", "--data-dir", str(stage.data), "--upstream", str(stage.upstream))
+
+    def ready() -> str | None:
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            return str(json.loads((stage.data / "server.json").read_text())["url"])
+        return None
+
+    with process(serve, stage.environment, log) as child:
+        stage.url = wait_for(ready, child, log, "the proxy")
         console.print(f"[bold]Proxy[/] {stage.url}   (the agent's only setting: OPENAI_BASE_URL={stage.url}/v1)")
         yield
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from collector.console import command
+from collector.lifeline import follow
 
 if TYPE_CHECKING:
     from collector.settings import Settings
@@ -21,6 +22,7 @@ def serve(
     upstream: Annotated[
         str | None, typer.Option(help="Where calls go that no model_list entry names (https://api.openai.com/v1).")
     ] = None,
+    parent_fd: Annotated[int | None, typer.Option(hidden=True, help="End when this pipe is closed.")] = None,
 ) -> None:
     """Serve the proxy and its collector. Point an agent's OPENAI_BASE_URL here; nothing else changes."""
     from collector.settings import load
@@ -34,6 +36,8 @@ def serve(
         "upstream.default": upstream,
     }
     settings = load(config, flags)
+    if parent_fd is not None:
+        follow(parent_fd)
     raise typer.Exit(supervise(settings, lambda url: announce(settings, url)))
 
 

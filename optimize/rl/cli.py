@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ import uvicorn
 from rich.console import Console
 
 from collector.errors import BadInput, ConfigError, RatchetError
+from collector.lifeline import follow
 from optimize.rl.convert import DEMO_MODEL, ensure_demo_model
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def engine(
     """Serve a local model behind an OpenAI endpoint."""
     console = Console()
     if parent_fd is not None:
-        threading.Thread(target=_follow, args=(parent_fd,), daemon=True).start()
+        follow(parent_fd)
     # Threads that wait for one another by sleeping, not by spinning: as fast on a free machine, and several times
     # faster on one whose cores the agents share. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -103,13 +103,6 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", param="port") from None
     return listener
-
-
-def _follow(parent_fd: int) -> None:
-    """End as by SIGTERM when the parent's end of the pipe is closed, however the parent died."""
-    while os.read(parent_fd, 1):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Server(uvicorn.Server):

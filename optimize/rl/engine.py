@@ -40,6 +40,7 @@ class Engine:
         self.batcher = Batcher(model, max_batch=max_batch)
         self._vocabulary = Vocabulary(model.tokenizer)
         self._created = int(time.time())
+        self.requests = 0  # calls for an answer that arrived here, refused ones included
 
     def app(self) -> Starlette:
         """The ASGI application; its lifespan runs the batcher."""
@@ -59,10 +60,12 @@ class Engine:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
+        self.requests += 1
         return await self._serve(request, read_chat(await _body(request)))
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
+        self.requests += 1
         return await self._serve(request, read_completion(await _body(request)))
 
     async def models(self, _: Request) -> Response:
@@ -74,7 +77,8 @@ class Engine:
     async def health(self, _: Request) -> Response:
         """GET /healthz."""
         running, waiting = self.batcher.load
-        return _json({"status": "ok", "model": self.name, "running": running, "waiting": waiting})
+        state = {"running": running, "waiting": waiting, "requests": self.requests}
+        return _json({"status": "ok", "model": self.name, **state})
 
     async def _serve(self, request: Request, call: Call) -> Response:
         if call.model != self.name and call.model not in self.model.adapters.names:
