@@ -19,6 +19,7 @@ from fastapi import FastAPI
 
 from collector import api
 from collector.errors import RatchetError
+from collector.lifeline import follow
 from collector.service import Collector
 from collector.settings import Settings
 

@@ -227,7 +227,8 @@ def swap_seconds(client: Remote, revision: int, version: int) -> float:
     """From the promotion's entry in the audit log to the start of the first call that the new version served."""
     promoted = next(entry["ts_ns"] for entry in client.snapshot()["log"] if entry["revision"] == revision)
     rows = client.query("select prompt_version, start_ns from spans_v where prompt_version is not null")["rows"]
-    return min(start - promoted for served, start in rows if served == version and start > promoted) / 1e9
+    first = min(start for served, start in rows if served == version and start > promoted)
+    return float(first - promoted) / 1e9
 
 
 def holdout(result: dict[str, Any]) -> dict[str, Any]:
