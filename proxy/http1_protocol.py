@@ -6,6 +6,7 @@ end with the connection, codings other than chunked, answers that nobody asked f
 """
 
 import asyncio
+import ssl
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -148,7 +149,7 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> None:
         """The server sends no more: the end of a body that has no other end, else too early."""
         response = self._response
-        if response is not None and response.status and not self._framed(response):
+        if response is not None and response.status and not self._framed(response) and self._said_goodbye():
             self._reusable = False
             self._finish(response)
 
@@ -240,6 +241,18 @@ class Connection(asyncio.Protocol):
 
     def _framed(self, response: Response) -> bool:
         return self._coded or any(name.lower() == b"content-length" for name, _ in response.headers)
+
+    def _said_goodbye(self) -> bool:
+        """Over TLS an end without its alert may be an attacker's cut (RFC 9112, 9.8); asyncio tells both alike."""
+        session = self._transport.get_extra_info("ssl_object") if self._transport is not None else None
+        if session is None:
+            return True
+        try:
+            return not session.read(1)
+        except ssl.SSLZeroReturnError:
+            return True
+        except ssl.SSLError:
+            return False
 
     def _finish(self, response: Response) -> None:
         self._response = None

@@ -100,10 +100,10 @@ class Server:
         except Exception as error:  # noqa: BLE001 - boundary: shown by the test, at the server's end
             self.failures.append(error)
         finally:
-            self.tasks.discard(task)
             writer.close()
             with contextlib.suppress(Exception, asyncio.CancelledError):
                 await writer.wait_closed()
+            self.tasks.discard(task)
 
 
 def answering(*answers: bytes) -> Script:
@@ -131,11 +131,11 @@ def saying(*pieces: bytes, stay: bool = False) -> Script:
 
 @contextlib.asynccontextmanager
 async def pair(
-    script: Script, tls: ssl.SSLContext | None = None, **options: Any
+    script: Script, serving: ssl.SSLContext | None = None, **options: Any
 ) -> AsyncIterator[tuple[Client, Server]]:
     """A server and a client; afterwards the client must have closed every connection, and no descriptor may be left."""
     before = descriptors()
-    async with Server(script, tls) as server:
+    async with Server(script, serving) as server:
         client = Client(**options)
         try:
             yield client, server

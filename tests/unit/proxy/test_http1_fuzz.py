@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from itertools import pairwise
 from typing import Any
 
 from hypothesis import given, settings
@@ -28,7 +29,19 @@ WORDS = [
     b"transfer-encoding: chunked",
     b"5",
 ]
-WORDS += [b"connection: close", b"0\r\n\r\n", b"hello", b"HTTP/1.1 200 OK\r\n", b": ", b";", b"-1", b"\0", b"\n", b"ff"]
+WORDS += [
+    b"5",
+    b"connection: close",
+    b"0\r\n\r\n",
+    b"hello",
+    b"HTTP/1.1 200 OK\r\n",
+    b": ",
+    b";",
+    b"-1",
+    b"\0",
+    b"\n",
+    b"ff",
+]
 
 
 class Wire(asyncio.Transport):
@@ -76,7 +89,7 @@ class Line:
     def feed(self, data: bytes, cuts: list[int]) -> None:
         """`data` cut at `cuts`; as a transport does, nothing is delivered after closing."""
         edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             if start < end and not self.wire.closed:
                 self.connection.data_received(data[start:end])
 
