@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Two line ends in a row. A CR counts as a line end of its own only where no LF follows.
-_BLANK = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
+# Two line ends in a row. A CR is a line end of its own only where no LF follows; after a line that ended in LF, an LF
+# is to be expected, so a CR at the very end of what has arrived is not believed yet.
+_BLANK = re.compile(rb"(?:\r\n|\n)(?:\r\n|\n|\r(?=[^\n]))|\r(?!\n)(?:\r\n|\n|\r)")
 _BOM = b"\xef\xbb\xbf"
 MAX_EVENT = 32 << 20
 

@@ -105,9 +105,10 @@ class MessagesStream:
             self._delta(integer(body.get("index")) or 0, body["delta"])
         elif kind == "message_delta" and isinstance(body.get("delta"), dict):
             self._message.update(body["delta"])
-        usage = body.get("usage") or (body.get("message") or {}).get("usage")
-        if isinstance(usage, dict):
-            self._usage.update({name: value for name, value in usage.items() if value is not None})
+        for holder in (body.get("message"), body):
+            usage = holder.get("usage") if isinstance(holder, dict) else None
+            if isinstance(usage, dict):
+                self._usage.update({name: value for name, value in usage.items() if value is not None})
 
     def _delta(self, index: int, delta: Json) -> None:
         block = self._blocks.setdefault(index, {"type": "text"})
