@@ -24,7 +24,7 @@ from collector.service import Collector
 from collector.settings import Settings
 
 _GRACE_SECONDS = 5
-_ORPHAN_SECONDS = 0.8
+_ORPHAN_SECONDS = 0.5
 
 log = logging.getLogger("collector")
 
@@ -110,4 +110,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    logging.shutdown()
+    # All is closed. When an interpreter ends, the binding of DuckDB prints what it leaked, on the user's screen.
+    os._exit(code)

@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import uvicorn
 
 from collector.errors import RatchetError
 from collector.journal import Journal
+from collector.lifeline import follow
 from collector.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ratchet.worker")
 
 DRAIN = 30  # seconds that running calls get after SIGTERM
-ORPHANED = 0.8  # seconds to end in after the supervisor's death, whatever is running
+ORPHANED = 0.5  # seconds to end in after the supervisor's death, whatever is running
 CANCEL = 2.0  # seconds that cancelled calls get to write their record
 PATIENCE = {True: 15.0, False: 1.0}  # seconds to wait for the first deployments: at the server's start, at a restart
 
@@ -106,7 +106,7 @@ async def serve(spec: Spec, ready: Any) -> None:
         )
         server = Server(_config(App(settings, journal, versions, upstream, table, cold(context)), Count(context)))
         _obey(server, context, spec.alive_fd, spec.runtime)
-        await _first_deployments(versions, PATIENCE[spec.first])
+        await _first_deployments(versions, server, PATIENCE[spec.first])
         watching = asyncio.create_task(versions.watch())
         ready()
         try:
@@ -149,10 +149,7 @@ def _obey(server: Server, context: Any, alive_fd: int, runtime: Path) -> None:
         context.draining = True
         server.drain()
 
-    def watch() -> None:
-        with contextlib.suppress(OSError):
-            while os.read(alive_fd, 1):
-                pass
+    def orphaned() -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended already
             loop.call_soon_threadsafe(server.abandon)
         shutil.rmtree(runtime, ignore_errors=True)  # nobody else is left to do it
@@ -161,16 +158,18 @@ def _obey(server: Server, context: Any, alive_fd: int, runtime: Path) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     loop.add_signal_handler(signal.SIGTERM, drain)
-    threading.Thread(target=watch, name="supervisor-watch", daemon=True).start()
+    follow(alive_fd, orphaned)
 
 
-async def _first_deployments(versions: "Versions", patience: float) -> None:
+async def _first_deployments(versions: "Versions", server: Server, patience: float) -> None:
     """Wait for the collector's own snapshot; without it, serve from the cache: being up comes first."""
     deadline = time.monotonic() + patience
     while True:
         try:
             await versions.refresh()
         except RatchetError as error:
+            if server.should_exit:
+                return
             if time.monotonic() < deadline:
                 await asyncio.sleep(0.05)
                 continue
