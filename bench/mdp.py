@@ -1,11 +1,12 @@
 """Small episodic decision problems whose values, advantages and policy gradients are known in closed form.
 
 States 0..S-1, a terminal state S, actions 0..A-1, at most `horizon` steps (the end of the horizon is an end, value 0).
-Policies are softmax tables theta (S, A).
+Policies are softmax tables theta (O, A) on what the agent heeds of a state, by default all of it.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class MDP:
-    """`moves` (S, A, S+1) probabilities, `gains` (S, A) mean rewards, `noise` (S, A): a reward is gain +- noise."""
+    """`moves` (S, A, S+1) probabilities, `gains` (S, A) mean rewards, `noise` (S, A): a reward is gain +- noise.
+
+    `view` (S,): what the policy heeds of a state; `features` (S+1, F): how a value function sees it.
+    """
 
     name: str
     moves: Floats
@@ -35,11 +39,30 @@ class MDP:
     horizon: int
     start: int = 0
     gamma: float = 1.0
+    view: Ints | None = None
+    features: Floats | None = None
+
+    @property
+    def seen(self) -> Ints:
+        """Observation (S,) of each state."""
+        return np.arange(len(self.gains)) if self.view is None else self.view
+
+    @cached_property
+    def _landings(self) -> Floats:
+        return self.moves.cumsum(axis=2)
+
+    def indifferent(self) -> Floats:
+        """The uniform policy's theta (O, A)."""
+        return np.zeros((int(self.seen.max()) + 1, self.gains.shape[1]))
+
+    def policy(self, theta: Floats) -> Floats:
+        """Probabilities (S, A)."""
+        return softmax(theta)[self.seen]
 
     def values(self, theta: Floats) -> tuple[Floats, Floats]:
         """V (T+1, S+1) and Q (T, S, A) of the policy, by backward induction."""
         states, actions = self.gains.shape
-        policy = softmax(theta)
+        policy = self.policy(theta)
         v = np.zeros((self.horizon + 1, states + 1))
         q = np.zeros((self.horizon, states, actions))
         for t in range(self.horizon - 1, -1, -1):
@@ -50,7 +73,7 @@ class MDP:
     def reach(self, theta: Floats) -> Floats:
         """Probability (T, S) of being in a state at a step."""
         states = len(self.gains)
-        policy = softmax(theta)
+        policy = self.policy(theta)
         d = np.zeros((self.horizon, states))
         d[0, self.start] = 1
         for t in range(1, self.horizon):
@@ -69,17 +92,19 @@ class MDP:
         return float(v[self.start])
 
     def gradient(self, theta: Floats) -> Floats:
-        """d objective / d theta (S, A): the policy gradient theorem, summed exactly."""
-        policy = softmax(theta)
+        """d objective / d theta (O, A): the policy gradient theorem, summed exactly."""
+        policy = self.policy(theta)
         v, q = self.values(theta)
         advantages = q - v[:-1, :-1, None]
         discounts = self.gamma ** np.arange(self.horizon)
-        return np.einsum("t,ts,sa,tsa->sa", discounts, self.reach(theta), policy, advantages)
+        result = np.zeros_like(theta)
+        np.add.at(result, self.seen, np.einsum("t,ts,sa,tsa->sa", discounts, self.reach(theta), policy, advantages))
+        return result
 
     def sample(self, theta: Floats, count: int, rng: np.random.Generator) -> Batch:
         """`count` episodes."""
         terminal = len(self.gains)
-        chances, landings = softmax(theta).cumsum(axis=1), self.moves.cumsum(axis=2)
+        chances, landings = self.policy(theta).cumsum(axis=1), self._landings
         shape = (count, self.horizon)
         states, actions, rewards = np.zeros(shape, np.intp), np.zeros(shape, np.intp), np.zeros(shape)
         lengths, at = np.zeros(count, np.intp), np.full(count, self.start)
@@ -96,7 +121,7 @@ class MDP:
 
     def trajectories(self, theta: Floats) -> Iterator[tuple[float, list[int], list[int], list[float]]]:
         """Every possible episode with its probability: (p, states, actions, rewards)."""
-        policy = softmax(theta)
+        policy = self.policy(theta)
         open_: list[tuple[float, int, list[int], list[int], list[float]]] = [(1.0, self.start, [], [], [])]
         while open_:
             p, at, states, actions, rewards = open_.pop()
@@ -120,11 +145,12 @@ def softmax(theta: Floats) -> Floats:
     return result
 
 
-def score(theta: Floats, states: Ints | list[int], actions: Ints | list[int], factors: Floats) -> Floats:
-    """sum_t factors_t d log pi(a_t | s_t) / d theta, shape (S, A)."""
+def score(theta: Floats, seen: Ints | list[int], actions: Ints | list[int], factors: Floats) -> Floats:
+    """sum_t factors_t d log pi(a_t | seen_t) / d theta, shape (O, A)."""
     result = np.zeros_like(theta)
-    np.add.at(result, (states, actions), factors)
-    np.add.at(result, states, -factors[:, None] * softmax(theta)[states])
+    rows, columns = np.asarray(seen, np.intp), np.asarray(actions, np.intp)
+    np.add.at(result, (rows, columns), factors)
+    np.add.at(result, rows, -factors[:, None] * softmax(theta)[rows])
     return result
 
 
@@ -179,6 +205,30 @@ def lock(digits: int, noise: float = 0.3) -> MDP:
     gains[digits - 1, 1] = 1
     spread[digits - 1, :] = spread[size - 1, :] = noise
     return MDP(f"lock of {digits}", moves, gains, spread, digits)
+
+
+def tally(length: int, actions: int = 3, noise: float = 0.5, every: int = 1) -> MDP:
+    """At every step (or each `every`-th) one action is right; how many were is told, noisily, only at the very end.
+
+    State: (step, right so far); the policy heeds the step alone.
+    """
+    width = length + 1
+    moves, gains, spread = _blank(length * width, actions)
+    for t in range(length):
+        counts, last = t % every == 0, t == length - 1
+        for right in range(width):
+            at = t * width + right
+            for action in range(actions):
+                now = min(right + (counts and action == actions - 1), length)
+                moves[at, action, length * width if last else at + width + now - right] = 1
+                if last:
+                    gains[at, action], spread[at, action] = now * every / length, noise
+    steps, counted = np.divmod(np.arange(length * width), width)
+    features = np.zeros((length * width + 1, length + 1))
+    features[np.arange(length * width), steps] = 1
+    features[:-1, length] = counted * every / length
+    name = f"tally of {length}" + (f", each {every}th" if every > 1 else "")
+    return MDP(name, moves, gains, spread, length, view=steps, features=features)
 
 
 def walk(length: int, horizon: int, gamma: float = 0.9, slip: float = 0.2) -> MDP:
