@@ -203,6 +203,8 @@ def main() -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(spec, _say_ready))
+        logging.shutdown()
+        os._exit(0)  # all is sealed and closed: taking an interpreter apart would only cost time
 
 
 if __name__ == "__main__":
