@@ -43,7 +43,9 @@ def packed(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention for `segments`, whose tokens follow one another: query (1, heads, n, size) -> (1, n, heads, size)."""
-    if not segments or options.get("softcap") is not None or options.get("s_aux") is not None:
+    if not segments:
+        raise ValueError("its attention does not pass the rows on")
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise ValueError("attention with soft caps or sinks is not supported")
     outputs, at = [], 0
     for segment in segments:

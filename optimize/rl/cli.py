@@ -64,11 +64,12 @@ def _application(
     directory = model_directory(model, data_dir)
     try:
         from optimize.rl.engine import Engine
-        from optimize.rl.model import LanguageModel
+        from optimize.rl.model import LanguageModel, use_threads
     except ModuleNotFoundError as error:
         message = f"the engine needs its extra ({error.name} is missing); run: pip install 'agent-ratchet[engine]'"
         raise RatchetError(message, code="extra_missing") from None
-    loaded = LanguageModel.load(directory, threads=threads or None, context=context or None)
+    use_threads(threads)
+    loaded = LanguageModel.load(directory, context=context or None)
     name = directory.resolve().name
     for alias, path in adapters.items():
         if alias == name:

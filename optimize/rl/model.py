@@ -33,14 +33,13 @@ class LanguageModel:
         self._check()
 
     @classmethod
-    def load(cls, directory: Path, *, threads: int | None = None, context: int | None = None) -> "LanguageModel":
+    def load(cls, directory: Path, *, context: int | None = None) -> "LanguageModel":
         """Load fp32 weights from a directory of safetensors; no remote code, nothing pickled.
 
         Raises BadInput when there is no such model or its architecture cannot be served.
         """
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
         if not any(directory.glob("*.safetensors")):
             raise BadInput(f"{directory} holds no *.safetensors; pickled weights are not loaded", param="model")
         options = {"local_files_only": True, "trust_remote_code": False}
@@ -84,6 +83,11 @@ class LanguageModel:
             raise BadInput(f"this architecture cannot be served here: {error}", param="model") from None
         if memory.layers != self._model.config.get_text_config().num_hidden_layers:
             raise BadInput("this architecture cannot be served here: not every layer is attention", param="model")
+
+
+def use_threads(count: int = 0) -> None:
+    """Compute with `count` CPU threads; 0: with every core that this process may use."""
+    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
 
 
 def _eos_ids(model: Any) -> frozenset[int]:

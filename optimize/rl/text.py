@@ -48,10 +48,11 @@ class Stops:
     def push(self, piece: str) -> tuple[str, bool]:
         """(text to pass on, whether a stop string was reached)."""
         held = self._held + piece
-        found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
+        # The match that ends first, so that the result does not depend on how the text is cut into pieces.
+        found = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
             self._held = ""
-            return self._led(held[: min(found)]), True
+            return self._led(held[: min(found)[1]]), True
         keep = max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
         return self._led(held[: len(held) - keep]), False
