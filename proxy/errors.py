@@ -31,10 +31,11 @@ class Forbidden(RatchetError):
 
 
 class TooLarge(RatchetError):
-    """413: the body, packed or unpacked, is over the limit."""
+    """413: the body, packed or unpacked, is over the limit. `unread`: the client may still be sending it."""
 
     status = 413
     code = "body_too_large"
+    unread = False
 
 
 class HeadersTooLarge(RatchetError):

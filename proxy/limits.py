@@ -1,7 +1,8 @@
 """How much a client may send: bytes of headers and body, packed or unpacked, and calls at once."""
 
+import asyncio
+import contextlib
 import importlib
-import time
 import zlib
 from functools import cache
 from types import ModuleType
@@ -24,7 +25,7 @@ def check_headers(headers: list[tuple[bytes, bytes]]) -> None:
 async def read_body(receive: Any, declared: bytes | None, limit: int) -> bytes:
     """The whole body. Raises TooLarge as soon as that is known, ClientGone when the client leaves before its end."""
     if declared is not None and declared.isdigit() and int(declared) > limit:
-        raise too_large(limit)
+        raise too_large(limit, unread=True)
     message = await receive()
     if not message.get("more_body") and message["type"] == "http.request":
         whole: bytes = message.get("body", b"")
@@ -44,7 +45,7 @@ async def _read_parts(message: Any, receive: Any, limit: int) -> bytes:
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > limit:
-            raise too_large(limit)
+            raise too_large(limit, unread=bool(message.get("more_body")))
         if not message.get("more_body"):
             return b"".join(parts)
         message = await receive()
@@ -53,16 +54,18 @@ async def _read_parts(message: Any, receive: Any, limit: int) -> bytes:
 async def drain(receive: Any) -> None:
     """Reads on, and throws away, what a client still sends of a refused body: were the connection closed under it, it
     would see a reset in place of the answer. Gives up after ten seconds."""
-    until = time.monotonic() + _DRAIN_SECONDS
-    while time.monotonic() < until:
-        message = await receive()
-        if message["type"] == "http.disconnect" or not message.get("more_body"):
-            return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            message: Any = {"more_body": True}
+            while message.get("more_body"):
+                message = await receive()
 
 
-def too_large(limit: int) -> TooLarge:
+def too_large(limit: int, *, unread: bool = False) -> TooLarge:
     """The error for a body over `limit` bytes."""
-    return TooLarge(f"the body is larger than {limit / (1 << 20):g} MB (server.max_body_mb)", param="body")
+    error = TooLarge(f"the body is larger than {limit / (1 << 20):g} MB (server.max_body_mb)", param="body")
+    error.unread = unread
+    return error
 
 
 def unpack(body: bytes, encoding: str, limit: int) -> bytes | None:

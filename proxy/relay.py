@@ -197,7 +197,7 @@ async def _refuse(receive: Any, client: Client, call: Call, error: RatchetError)
     call.end("error", error.code)
     if client.started:
         return
-    lingers = isinstance(error, errors.TooLarge)
+    lingers = isinstance(error, errors.TooLarge) and error.unread
     await client.whole(*errors.reply(error), more=lingers)
     if lingers:
         await limits.drain(receive)

@@ -150,6 +150,7 @@ class Worker:
 def worker(
     folder: Path,
     upstream: str,
+    /,
     registry: Registry | None = None,
     environ: dict[str, str] | None = None,
     **settings: Any,
