@@ -104,6 +104,7 @@ class _Work:
             concurrency=spec.concurrency,
             timeout=spec.timeout,
             cwd=Path(spec.cwd),
+            env={**os.environ, "OPENAI_MODEL": spec.model} if spec.model else None,
             sandbox=spec.sandbox,
             run_id=job_id,
         )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from world import AGENT, World, script
 
 from collector.client import Client
 from collector.errors import BadInput, Conflict, RatchetError
@@ -17,6 +16,7 @@ from optimize import jobs
 from optimize.apo.job import Stage, run_apo
 from optimize.apo.spec import ApoSpec, file_sha256
 from optimize.jobs import JobCancelled, JobLock, cancel, decoded
+from tests.unit.optimize.world import AGENT, World, script
 
 SEED = "You are a helper."
 

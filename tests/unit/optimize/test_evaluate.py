@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from world import World, script
 
 from collector.client import Client
 from collector.errors import Unavailable
@@ -15,6 +14,7 @@ from optimize.evaluate import AgentEvaluator, context_hash
 from optimize.evaluation import Outcome, Request
 from optimize.grade import grader
 from optimize.runner import Runner
+from tests.unit.optimize.world import World, script
 
 TASKS = [make_task({"id": str(index), "question": f"Say {index}.", "expected": str(index)}) for index in range(6)]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from world import World
 
 from collector.client import Client
 from collector.errors import Conflict, NotFound
 from optimize import jobs
 from optimize.jobs import Job, JobCancelled, JobLock, cancel, decoded
+from tests.unit.optimize.world import World
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from world import AGENT, World, script
 
 from collector.client import Client
 from collector.errors import Unavailable
@@ -15,6 +14,7 @@ from optimize import patience
 from optimize.dataset import Task, make_task
 from optimize.grade import grader
 from optimize.runner import Plan, Rollout, Runner
+from tests.unit.optimize.world import AGENT, World, script
 
 TASK = make_task({"id": "one", "question": "Say yes.", "expected": "yes"})
 

@@ -23,9 +23,10 @@ import json, os, socket, sys
 def post(url, body):
     host, _, path = url.removeprefix("http://").partition("/")
     data = json.dumps(body).encode()
-    head = f"POST /{path} HTTP/1.0\\r\\nauthorization: Bearer {os.environ['OPENAI_API_KEY']}\\r\\n"
+    head = [f"POST /{path} HTTP/1.1", f"host: {host}", "connection: close", "content-type: application/json",
+        f"content-length: {len(data)}", f"authorization: Bearer {os.environ['OPENAI_API_KEY']}", "", ""]
     with socket.create_connection(tuple(host.split(":")), timeout=20) as connection:
-        connection.sendall(f"{head}content-length: {len(data)}\\r\\n\\r\\n".encode() + data)
+        connection.sendall("\\r\\n".join(head).encode() + data)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     return json.loads(answer.partition(b"\\r\\n\\r\\n")[2])
 task = json.loads(sys.stdin.readline())

@@ -1,0 +1,99 @@
+"""What `optimize apo` shows while it works, and at the end."""
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from optimize.apo.job import Stage
+    from optimize.apo.result import ApoResult
+
+NAMES = {"search": "search", "gate": "held-out test"}
+
+
+class Screen:
+    """A context with one progress bar a phase."""
+
+    def __init__(self, console: Console, job_id: str) -> None:
+        self._console = console
+        self._job = job_id
+        columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, TextColumn("{task.fields[belief]}"), console=console)
+        self._bars: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "Screen":
+        self._console.print(
+            f"job {self._job}   (resume it after a break: ratchet jobs resume {self._job})", style="dim"
+        )
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, stage: "Stage") -> None:
+        """Show where the job stands."""
+        if stage.message and stage.phase != "done":
+            self._console.print(escape(stage.message), highlight=False)
+        if stage.phase not in NAMES:
+            return
+        if stage.phase not in self._bars:
+            self._bars[stage.phase] = self._progress.add_task(NAMES[stage.phase], total=stage.total, belief="")
+        belief = _belief(stage) if stage.phase == "search" else ""
+        self._progress.update(self._bars[stage.phase], completed=stage.rollouts, total=stage.total, belief=belief)
+
+
+def _belief(stage: "Stage") -> str:
+    search = stage.search
+    if search is None:
+        return ""
+    left = "" if search.eta_seconds is None else f", at most {_duration(search.eta_seconds)} left"
+    return f"gain {search.gain:+.2f}, P(gain > 0) {search.p_gain:.2f}, {search.parts} parts{left}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def show_result(result: "ApoResult", console: Console) -> None:
+    """The closing table, both prompts, the verdict and what to do with it."""
+    gate = result.gate
+    if gate is not None:
+        low, high = gate.ci95
+        table = Table("", "before", "after", "difference", "95% interval", "p", title=f"{gate.n} held-out tasks")
+        means = [f"{gate.before:.3f}", f"{gate.after:.3f}", f"{gate.diff:+.3f}"]
+        table.add_row("mean reward", *means, f"{low:+.3f} to {high:+.3f}", f"{gate.p_value:.2g}")
+        console.print(table)
+        panels = [Panel(Text(text), title=name) for text, name in _prompts(result)]
+        console.print(Columns(panels, equal=True, expand=True))
+    console.print(f"{_verdict(result)} {escape(result.reason)}", highlight=False)
+    console.print(
+        f"{result.rollouts} rollouts, {result.calls} model calls, {result.seconds:.0f} s. Report: {result.report}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if result.version is not None and not result.promoted:
+        share = "" if result.verdict == "promote" else " --traffic 0.1"
+        console.print(f"Yours to decide: ratchet promote {result.slot} {result.version}{share}", highlight=False)
+
+
+def _prompts(result: "ApoResult") -> list[tuple[str, str]]:
+    name = "candidate" if result.version is None else f"{result.slot}@{result.version}"
+    return [(result.seed_template, f"{result.slot}@{result.seed_version}"), (result.best_template, name)]
+
+
+def _verdict(result: "ApoResult") -> str:
+    if result.promoted:
+        return f"[bold green]promoted {escape(result.slot)}@{result.version}[/]:"
+    colours = {"promote": "green", "shadow": "yellow", "reject": "red"}
+    return f"[bold {colours[result.verdict]}]{result.verdict}[/]:"
