@@ -30,6 +30,7 @@ from optimize.dataset import Task
 from optimize.evaluation import Outcome, Request
 
 Evaluate = Callable[[Sequence[Request]], Awaitable[list[Outcome]]]
+LOSS_DRAWS = 64
 Stop = Literal["budget", "headroom", "no gain", "converged", "failures"]
 
 
@@ -52,8 +53,10 @@ class Params:
     headroom_rollouts: int = 20
     worth: float = 0.03  # smallest gain worth searching for
     stop_early: bool = True
-    stop_after: int = 80  # rollouts before a run may stop for want of gain
-    stop_loss: float = 0.02  # expected opportunity loss of stopping now
+    hope: float = 0.1  # P(gain > worth) below which a run has no hope
+    patience: int = 48  # rollouts without hope that end a run
+    stop_after: int = 100  # rollouts before which no run ends for want of hope or by convergence
+    stop_loss: float = 0.02  # expected loss of reward that ends a run as converged
     limits: Limits = field(default_factory=Limits)
     priors: Priors = field(default_factory=Priors)
 
@@ -212,6 +215,7 @@ class _Search:
         self.own = _groups(self.tasks)
         self.started = time.monotonic()
         self.spent = False
+        self.hopeful = 0  # number of rollouts when there was hope last
 
     async def run(self) -> SearchResult:
         """The loop: seed rollouts, proposals, then fit, stop or draw, run, propose."""
@@ -384,10 +388,11 @@ class _Search:
         return guard(self.seed, render(self.pool.skeleton, [*seed, part]), texts)
 
     def _gain(self, posterior: Posterior, subset: Subset) -> tuple[float, float, float]:
-        """Posterior mean, sd and P(> 0) of the subset's reward less the seed's."""
-        weights = self._weights(subset) - self._weights(self.pool.seed)
-        mean, sd = posterior.contrast(weights)
-        return mean, sd, _normal_cdf(mean / sd) if sd > 0 else float(mean > 0)
+        """The sceptic's mean, sd and P(> 0) of the subset's reward less the seed's."""
+        return posterior.sceptical(self._contrast(subset))
+
+    def _contrast(self, subset: Subset) -> Array:
+        return self._weights(subset) - self._weights(self.pool.seed)
 
     def _weights(self, subset: Subset) -> Array:
         weights = np.zeros(self.evidence.features)
@@ -409,7 +414,30 @@ class _Search:
             return broken
         if self.spent or self.budget.left == 0 or len(self.rows) >= 4 * max(1, self.budget.rollouts):
             return "budget", f"{self.paid} rollouts are spent"
-        return None
+        if not self.params.stop_early:
+            return None
+        return self._hopeless(posterior, leader) or self._converged(posterior, leader)
+
+    def _hopeless(self, posterior: Posterior, leader: Subset) -> tuple[Stop, str] | None:
+        """Whether a gain worth having has been improbable for a while, in the sceptic's eyes."""
+        *_, hope = posterior.sceptical(self._contrast(leader), self.params.worth)
+        if hope >= self.params.hope or len(self.rows) < self.params.stop_after:
+            self.hopeful = len(self.rows)
+        if len(self.rows) - self.hopeful < self.params.patience:
+            return None
+        return "no gain", f"P(gain > {self.params.worth:g}) is {hope:.2f} after {len(self.rows)} rollouts"
+
+    def _converged(self, posterior: Posterior, leader: Subset) -> tuple[Stop, str] | None:
+        """Whether stopping now loses next to nothing: the mean over draws of best value less the leader's value."""
+        if len(self.history) % 4 or len(self.rows) < self.params.stop_after:
+            return None
+        mine, loss, rng = self._weights(leader), 0.0, np.random.default_rng(len(self.rows))
+        for _ in range(LOSS_DRAWS):
+            values = posterior.draw(rng, 1.0)
+            loss += max(0.0, float((self._weights(self.pool.best(values)) - mine) @ values)) / LOSS_DRAWS
+        if loss >= self.params.stop_loss:
+            return None
+        return "converged", f"stopping after {len(self.rows)} rollouts loses {loss:.3f} on average"
 
     def _report(self, posterior: Posterior, leader: Subset) -> None:
         gain, sd, p_gain = self._gain(posterior, leader)
@@ -443,7 +471,7 @@ class _Search:
             best_template=self.pool.render(best),
             best_parts=tuple(self.pool.parts[index] for index in best),
             leader_template=self.pool.render(leader),
-            value=posterior.base + posterior.contrast(self._weights(leader))[0],
+            value=posterior.base() + posterior.sceptical(self._weights(leader))[0],
             gain=gain,
             gain_sd=sd,
             p_gain=p_gain,

@@ -11,7 +11,7 @@ A rollout of a prompt with the parts S on the task t gives
     e_j    what is particular to part j, ~ N(0, tau^2), tau by marginal likelihood
     c_j(t) 1 if a failure on task t was cited for part j, else kappa_j
            = min(.8, 1.5 cited tasks / max(5, harvested tasks))
-    g_j    what the part does for a task that asked for it, ~ N(.12, .30^2)
+    g_j    what the part does for a task that asked for it, ~ N(gamma, .25^2), gamma ~ N(.12, .12^2), learned
 
 Integrating u_t out: with q = su2 / s2 and c_t = q / (1 + n_t q), A = X'X - sum_t c_t x_t x_t' and
 r = X'y - sum_t c_t x_t y_t, where x_t and y_t are sums over the rollouts of task t. The posterior of the coefficients
@@ -19,14 +19,18 @@ is N(m, C) with C^-1 = A / s2 + diag(1 / v) and m = C (r / s2 + mu / v). Gram an
 pass over old rows. Lindley & Smith 1972 for the hierarchy; Searle, Casella & McCulloch, Variance Components, ch. 6.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr
 
 Array = NDArray[np.float64]
 TAUS = (0.03, 0.06, 0.12, 0.24)
+DOUBTS = (0.01, 0.03, 0.06, 0.12)
+SPREAD = 5.0  # a sceptic's sd of g, in units of tau
 TASK_SDS = (0.05, 0.15, 0.3)
 
 
@@ -37,7 +41,8 @@ class Priors:
     intercept: tuple[float, float] = (0.5, 2.0)
     mean: tuple[float, float] = (0.02, 0.04)
     citation_slope: tuple[float, float] = (0.01, 0.03)
-    cited: tuple[float, float] = (0.12, 0.30)
+    cited: tuple[float, float] = (0.12, 0.12)
+    cited_spread: float = 0.25
     cited_factor: float = 1.5
     cited_most: float = 0.8
     step_sd: float = 0.08  # a rewrite against what it was made from
@@ -128,22 +133,50 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class Belief:
+    """A posterior of the values at one scale of effects, with its share of a mixture; zeros: no part does anything."""
+
+    share: float
+    base: float
+    mean: Array
+    root: Array
+
+
+@dataclass(frozen=True)
 class Posterior:
     """What is believed of the features' values, averaged over tasks.
 
-    `mean` (J,) and `root` (J, p): the values are `mean + root @ N(0, I)`, so `root @ root.T` is their covariance.
-    `base` is the expected reward of the empty set. `evidence` is the log marginal likelihood, `null_evidence` the same
-    for a world where no part does anything: their difference is the log Bayes factor for there being something to find.
+    `mean` (J,) and `root` (J, p): the values are `mean + root @ N(0, I)`, so `root @ root.T` is their covariance. This
+    is the searcher's belief: it expects proposals to help a little, and so explores. `doubts` is the sceptic's, for
+    whoever asks whether a gain is real: a mixture, weighted by marginal likelihood, of the same model with prior means
+    of 0 and effects of several scales, the first of them none at all.
     """
 
     mean: Array
     root: Array
-    base: float
     tau: float
     task_sd: float
     noise: float
-    evidence: float
-    null_evidence: float
+    doubts: tuple[Belief, ...]
+
+    @property
+    def nothing(self) -> float:
+        """The sceptic's probability that no part does anything."""
+        return self.doubts[0].share
+
+    def sceptical(self, weights: Array, above: float = 0.0) -> tuple[float, float, float]:
+        """The sceptic's mean, standard deviation and P(> above) of `weights (J,) @ values`; `above` >= 0."""
+        share = np.array([belief.share for belief in self.doubts])
+        means = np.array([float(weights @ belief.mean) for belief in self.doubts])
+        sds = np.array([float(np.linalg.norm(weights @ belief.root)) for belief in self.doubts])
+        mean = float(share @ means)
+        variance = float(share @ (sds**2 + means**2)) - mean**2
+        z = np.where(sds > 0, (means - above) / np.maximum(sds, 1e-12), -np.inf)
+        return mean, math.sqrt(max(0.0, variance)), float(share @ ndtr(z))
+
+    def base(self) -> float:
+        """The sceptic's expected reward of the empty set."""
+        return sum(belief.share * belief.base for belief in self.doubts)
 
     def draw(self, rng: np.random.Generator, scale: float) -> Array:
         """A Thompson draw (J,) of the values, with `scale` times the posterior's standard deviations."""
@@ -171,8 +204,6 @@ class Model:
         data = _Data(
             layout.map.T @ gram @ layout.map, sums @ layout.map, layout.map.T @ xy, evidence, len(evidence.rows)
         )
-        null = data.only_intercept()
-        null_layout = _Layout((), self.priors)
         if self._fits % 4 == 0:
             fits = {sd: _solve(data, layout.mean, layout.sd(self.tau), self.noise, sd) for sd in TASK_SDS}
             self.task_sd = max(TASK_SDS, key=lambda sd: fits[sd].evidence)
@@ -180,19 +211,29 @@ class Model:
         solved = {tau: _solve(data, layout.mean, layout.sd(tau), self.noise, self.task_sd) for tau in TAUS}
         self.tau = max(TAUS, key=lambda tau: solved[tau].evidence)
         best = solved[self.tau]
-        nothing = _solve(null, null_layout.mean, null_layout.sd(self.tau), self.noise, self.task_sd)
         posterior = Posterior(
             mean=layout.values @ best.mean,
             root=layout.values @ best.root,
-            base=float(best.mean[0]),
             tau=self.tau,
             task_sd=self.task_sd,
             noise=self.noise,
-            evidence=best.evidence,
-            null_evidence=nothing.evidence,
+            doubts=self._doubts(data, layout),
         )
         self.noise = self._noise(best, data.n)
         return posterior
+
+    def _doubts(self, data: "_Data", layout: "_Layout") -> tuple[Belief, ...]:
+        """The sceptic's mixture: no effects at all and each scale of effects, equally probable before any rollout."""
+        nothing = _solve(data.only_intercept(), layout.mean[:1], layout.sd(self.tau)[:1], self.noise, self.task_sd)
+        fits = [_solve(data, *layout.doubtful(tau), self.noise, self.task_sd) for tau in DOUBTS]
+        logs = np.array([nothing.evidence, *(fit.evidence for fit in fits)])
+        shares = np.exp(logs - logs.max())
+        shares /= shares.sum()
+        zeros = np.zeros(len(layout.values))
+        beliefs = [Belief(float(shares[0]), float(nothing.mean[0]), zeros, zeros[:, None])]
+        for share, fit in zip(shares[1:], fits, strict=True):
+            beliefs.append(Belief(float(share), float(fit.mean[0]), layout.values @ fit.mean, layout.values @ fit.root))
+        return tuple(beliefs)
 
     def _noise(self, fit: "_Fit", n: int) -> float:
         """Residual variance on residual degrees of freedom, with the prior worth `noise_weight` rollouts."""
@@ -202,7 +243,7 @@ class Model:
 
 
 class _Layout:
-    """The model's coefficients `[b0, a_1.., b, e_1.., g_1..]`, their prior, and what they say about columns and values.
+    """The coefficients `[b0, a_1.., b, e_1.., g_1.., gamma]`, their prior, and what they say of columns and values.
 
     `map` (1 + 2J, p) turns coefficients into effects of Evidence's columns; `values` (J, p) into the parts' values.
     """
@@ -211,7 +252,7 @@ class _Layout:
         groups = sorted({trait.group for trait in traits} - {"rewrite", "gate"})
         cited = [j for j, trait in enumerate(traits) if trait.kappa > 0]
         first = 1 + len(groups) + 1
-        self.size = first + len(traits) + len(cited)
+        self.size = first + len(traits) + len(cited) + 1
         self.map = np.zeros((1 + 2 * len(traits), self.size))
         self.values = np.zeros((len(traits), self.size))
         self.map[0, 0] = 1.0
@@ -222,6 +263,7 @@ class _Layout:
             self.mean[1 + index], self._sd[1 + index] = priors.mean
         self.mean[first - 1], self._sd[first - 1] = priors.citation_slope
         self._tau = np.zeros(self.size, dtype=bool)
+        self._spread = np.zeros(self.size, dtype=bool)
         fixed = {"rewrite": priors.step_sd, "gate": priors.gate_sd}
         for j, trait in enumerate(traits):
             present = self.map[1 + 2 * j]
@@ -238,11 +280,20 @@ class _Layout:
             self.map[1 + 2 * j, index] = kappa
             self.map[2 + 2 * j, index] = 1.0 - kappa
             self.values[j, index] = share + kappa * (1.0 - share)
-            self.mean[index], self._sd[index] = priors.cited
+            for row in (self.map, self.values):
+                row[:, -1] += row[:, index]
+            self._sd[index] = priors.cited_spread
+            self._spread[index] = True
+        self.mean[-1], self._sd[-1] = priors.cited
 
     def sd(self, tau: float) -> Array:
         """The coefficients' prior standard deviations (p,)."""
         return np.where(self._tau, tau, self._sd)
+
+    def doubtful(self, tau: float) -> tuple[Array, Array]:
+        """Prior means and standard deviations (p,) for somebody who does not expect proposals to help."""
+        mean = np.where(np.arange(self.size) == 0, self.mean, 0.0)
+        return mean, np.where(self._spread, np.minimum(self._sd, SPREAD * tau), self.sd(tau))
 
 
 @dataclass(frozen=True)
@@ -254,10 +305,8 @@ class _Data:
     n: int
 
     def only_intercept(self) -> "_Data":
-        """The same rollouts without any part: layout `[b0, b]`, whose second column is empty."""
-        gram, sums, xy = np.zeros((2, 2)), np.zeros((len(self.sums), 2)), np.zeros(2)
-        gram[0, 0], sums[:, 0], xy[0] = self.gram[0, 0], self.sums[:, 0], self.xy[0]
-        return _Data(gram, sums, xy, self.evidence, self.n)
+        """The same rollouts without any part."""
+        return _Data(self.gram[:1, :1], self.sums[:, :1], self.xy[:1], self.evidence, self.n)
 
 
 @dataclass(frozen=True)
