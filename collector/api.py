@@ -273,34 +273,35 @@ async def _body(request: Request) -> Any:
 
 
 class BodyLimit:
-    """Refuses bodies above MAX_BODY_BYTES with 413, whatever their headers say."""
+    """Reads a body before anything else does, and refuses more than MAX_BODY_BYTES with 413."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request; `TooLarge` is raised where the body is read."""
-        if scope["type"] != "http":
+        """Serve one request."""
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
             await self.app(scope, receive, send)
             return
-        seen = 0
-
-        async def limited() -> Message:
-            nonlocal seen
+        body = bytearray()
+        message: Message = {"more_body": True}
+        while message.get("more_body"):
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > MAX_BODY_BYTES:
-                raise TooLarge(f"the body is larger than {MAX_BODY_BYTES >> 20} MB", param="body")
-            return message
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            if len(body) > MAX_BODY_BYTES:
+                refusal = BadInput(
+                    f"the body is larger than {MAX_BODY_BYTES >> 20} MB", param="body", code="body_too_large"
+                )
+                await json_response(refusal.envelope(), 413)(scope, receive, send)
+                return
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
-        await self.app(scope, limited, send)
+        async def replay() -> Message:
+            return whole.pop() if whole else await receive()
 
-
-class TooLarge(BadInput):
-    """More bytes than a request may have."""
-
-    status = 413
-    code = "body_too_large"
+        await self.app(scope, replay, send)
 
 
 async def _on_ratchet_error(request: Request, error: Exception) -> Response:

@@ -164,7 +164,7 @@ class Remote:
         except httpx.ConnectError:
             raise Unavailable(f"nothing answers at {self.url}: is `ratchet serve` running?") from None
         except httpx.HTTPError as error:
-            raise Unavailable(f"{self.url} did not answer: {error or type(error).__name__}") from None
+            raise Unavailable(f"{self.url} did not answer: {str(error) or type(error).__name__}") from None
         return _read(answer, self.url)
 
     def identity(self, patience: float = _ANSWER_SECONDS) -> dict[str, Any]:
