@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from collector.settings import DEFAULT_URL
 SLOT = "capital"
 LOCAL_MODEL = "gemma-3-270m"
 HELD_OUT = 64  # held-out countries: enough to prove a gain of 0.25 in exact answers
+TRAFFIC = 60  # countries that the agent is asked for before anything is learned
 START_SECONDS = 120.0
 OPENAI = "https://api.openai.com/v1"
 
@@ -155,13 +157,19 @@ def served(stage: Stage) -> Iterator[None]:
 
 def ours(stage: Stage, *arguments: str) -> dict[str, Any]:
     """Run one of our commands with `--json`; its progress stays visible, its answer comes back."""
-    shown = " ".join(["ratchet", *(part for part in arguments if part != "--json")])
+    shown = _shown(stage, arguments)
     console.print(f"\n[dim]$ {shown}[/]", highlight=False)
     done = subprocess.run(ratchet(*arguments), env=stage.environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode not in (0, 1) or not done.stdout.strip():
         raise RatchetError(f"`{shown}` failed (exit {done.returncode}); see {stage.data}/serve.log")
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
+
+
+def _shown(stage: Stage, arguments: Sequence[str]) -> str:
+    """The command as a user would type it in the repository's root."""
+    words = ("python" if word == sys.executable else word for word in arguments if word != "--json")
+    return shlex.join(["ratchet", *words]).replace(f"{stage.home}/", "")
 
 
 class Agent:
@@ -198,7 +206,7 @@ def learn(stage: Stage, budget: int, seed: int) -> dict[str, Any]:
     tasks = stage.example / "tasks.jsonl"
     search, _ = split(load_tasks(tasks), HELD_OUT, seed)
     traffic = stage.data / "traffic.jsonl"
-    traffic.write_text("".join(json.dumps(task.data) + "\n" for task in search))
+    traffic.write_text("".join(json.dumps(task.data) + "\n" for task in search[:TRAFFIC]))
     agent = ["--", sys.executable, str(stage.example / "agent.py")]
     graded = ["--grader", "python:examples.capital_city.grader.grade", "--url", stage.url, "--json"]
     with stage.timed("collect"):
@@ -312,7 +320,7 @@ def demo(
     upstream_url: Annotated[str | None, typer.Option("--upstream", help="An OpenAI-compatible URL to use.")] = None,
     model: Annotated[str | None, typer.Option(help="The model to ask for at --upstream.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where to keep this run.")] = None,
-    budget: Annotated[int, typer.Option(min=20, help="Rollouts that the search may spend.")] = 160,
+    budget: Annotated[int, typer.Option(min=20, help="Rollouts that the search may spend.")] = 120,
     seed: Annotated[int, typer.Option(help="Of the split and the search.")] = 0,
 ) -> None:
     """Watch an unmodified agent get better at naming capitals; exit 1 when the gate finds no proven gain."""
