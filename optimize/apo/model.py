@@ -200,10 +200,7 @@ class Model:
     def fit(self, evidence: Evidence, traits: Sequence[Trait]) -> Posterior:
         """The posterior given all rollouts. `traits` has one entry a feature. Deterministic."""
         layout = _Layout(traits, self.priors)
-        gram, sums, xy = evidence.statistics()
-        data = _Data(
-            layout.map.T @ gram @ layout.map, sums @ layout.map, layout.map.T @ xy, evidence, len(evidence.rows)
-        )
+        data = _statistics(evidence, layout)
         if self._fits % 4 == 0:
             fits = {sd: _solve(data, layout.mean, layout.sd(self.tau), self.noise, sd) for sd in TASK_SDS}
             self.task_sd = max(TASK_SDS, key=lambda sd: fits[sd].evidence)
@@ -307,6 +304,13 @@ class _Data:
     def only_intercept(self) -> "_Data":
         """The same rollouts without any part."""
         return _Data(self.gram[:1, :1], self.sums[:, :1], self.xy[:1], self.evidence, self.n)
+
+
+def _statistics(evidence: Evidence, layout: _Layout) -> _Data:
+    """The evidence in the layout's coefficients."""
+    gram, sums, xy = evidence.statistics()
+    to = layout.map
+    return _Data(to.T @ gram @ to, sums @ to, to.T @ xy, evidence, len(evidence.rows))
 
 
 @dataclass(frozen=True)
