@@ -64,6 +64,7 @@ class Upstream(Section):
     connect_timeout: float = Field(default=10, gt=0)
     read_timeout: float = Field(default=600, gt=0)
     retries: int = Field(default=1, ge=0, le=5)
+    client: Literal["raw", "aiohttp"] = "raw"
 
     @field_validator("default", "anthropic")
     @classmethod

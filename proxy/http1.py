@@ -67,6 +67,7 @@ class Client:
     `connect_timeout`: seconds for name, address and TLS together. `read_timeout`: seconds that an answer may stand
     still; also the whole time for a head once it has begun. `idle_seconds`, `max_idle`: how long and how many unused
     connections are kept per origin. `tls`: the context for https, else the system's with verification.
+    `resend`: whether a request that went to a stale connection is sent again unasked.
     Timeouts are looked after by one timer for all connections, so they may fire a quarter (at most 1 s) late.
     """
 
@@ -78,11 +79,13 @@ class Client:
         idle_seconds: float = 15.0,
         max_idle: int = 256,
         tls: ssl.SSLContext | None = None,
+        resend: bool = True,
     ) -> None:
         self.connect_timeout = connect_timeout
         self.read_timeout = read_timeout
         self.idle_seconds = idle_seconds
         self.max_idle = max_idle
+        self.resend = resend
         self._tls = tls
         self._tick = min(1.0, read_timeout / 4, idle_seconds / 4)
         self._idle: dict[Origin, list[Connection]] = {}
@@ -103,25 +106,33 @@ class Client:
         return sum(map(len, self._idle.values()))
 
     async def request(
-        self, method: bytes, target: Target, path: bytes, headers: Sequence[Header], body: bytes = b""
+        self,
+        method: bytes,
+        target: Target,
+        path: bytes,
+        headers: Sequence[Header],
+        body: bytes = b"",
+        *,
+        fresh: bool = False,
     ) -> Response:
         """Sends one request and returns when the head of its answer is there.
 
         `path` (with its query) is put behind the target's prefix as it is. `headers` go out in order and case as
         given, after Host; framing headers are the client's own. A request whose kept connection turns out to be
-        stale (ended at once, not one byte of an answer) is sent again, once, on a fresh one.
+        stale (ended at once, not one byte of an answer) is sent again, once, on a fresh one; `fresh` asks for such a
+        connection from the start.
         Raises TransportError. A cancelled caller closes the connection.
         """
         head = self._head(method, target, path, headers, body)
         headless = method == b"HEAD"
-        kept = self._kept(target.origin)
+        kept = None if fresh else self._kept(target.origin)
         if kept is not None:
             response = kept.send(head, body, headless=headless)
             try:
                 await response.head()
                 return response
             except ClosedEarly as error:
-                if not error.stale:
+                if not error.stale or not self.resend:
                     raise
         connection = await self._connect(target.origin)
         response = connection.send(head, body, headless=headless)

@@ -1,32 +1,38 @@
-"""Where a call goes, and the raw relay to it: bytes out, bytes back, over pooled aiohttp connections."""
+"""Where a call goes, and the raw relay to it: bytes out, bytes back, over pooled connections.
+
+They are the own client's (`upstream.client: raw`), or aiohttp's: by choice, and where only it will do, for a forward
+proxy of the environment or a base URL with credentials.
+"""
 
 import asyncio
 import io
 import os
 import time
-import zlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from yarl import URL
 
 from collector.settings import ModelEntry, Settings
-from proxy.errors import BadRequest, Header, UpstreamError, UpstreamTimeout
+from proxy import http1
+from proxy.errors import BadRequest, Header, UpstreamError
+from proxy.http1_errors import ClosedEarly, ConnectFailed, ConnectTimeout, InvalidRequest, ReadTimeout, TransportError
+from proxy.reply import HOP, RawReply, Reply, broken, late
 
-_HOP = frozenset((b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection",
-                  b"te", b"trailer", b"transfer-encoding", b"upgrade"))  # fmt: skip
 # Of a request: what belongs to this hop, what is asked anew, and what is a secret of this server.
-_NOT_SENT = _HOP | {b"host", b"content-length", b"accept-encoding", b"expect", b"cookie"}
+_NOT_SENT = HOP | {b"host", b"content-length", b"accept-encoding", b"expect", b"cookie"}
 _CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key"))
 _RAW = {"openai": "https://api.openai.com/v1", "hosted_vllm": None, "openai_like": None, "litellm_proxy": None}
 _HOSTS = {"api.openai.com": "openai", "api.anthropic.com": "anthropic"}
 _STALE_SECONDS = 1.0
 _AS_FILE = 1 << 20
-_BROKEN = (aiohttp.ClientError, ConnectionError)
+_BROKEN = (aiohttp.ClientError, ConnectionError, TransportError)
+_LATE = (TimeoutError, ConnectTimeout, ReadTimeout)
+_VISIBLE = "".join(map(chr, range(0x21, 0x7F)))
 
 
 @dataclass(frozen=True)
@@ -51,31 +57,24 @@ class Request:
     method: str
     tail: str
     query: str = ""
-    headers: list[tuple[str, str]] = field(default_factory=list)
+    headers: list[Header] = field(default_factory=list)
     body: bytes = b""
     attempts: int = 0
 
 
-class Reply:
-    """The head of a raw answer, and its body to be read. Reading raises UpstreamError or UpstreamTimeout."""
-
-    cost_usd: float | None = None
+class AiohttpReply(Reply):
+    """An answer over aiohttp."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
+        super().__init__(response.status, response.raw_headers)
         self._response = response
-        self.status = response.status
-        self.headers: list[Header] = [
-            (name, value) for raw, value in response.raw_headers if (name := raw.lower()) not in _HOP
-        ]
-        self.stream = response.headers.get("content-type", "").lower().startswith("text/event-stream")
-        self.encoding = response.headers.get("content-encoding", "identity").strip().lower()
 
     async def read(self) -> bytes:
         """The whole body, as it came."""
         try:
             return await self._response.read()
         except TimeoutError as error:
-            raise _timeout() from error
+            raise late() from error
         except _BROKEN as error:
             raise broken() from error
 
@@ -86,32 +85,16 @@ class Reply:
             try:
                 chunk = await content.readany()
             except TimeoutError as error:
-                raise _timeout() from error
+                raise late() from error
             except _BROKEN as error:
                 raise broken() from error
             if not chunk:
                 return
             yield chunk
 
-    def decoded(self, body: bytes) -> bytes | None:
-        """A readable copy of the body; None for an encoding that isn't known here, or if it is cut."""
-        return decoded(body, self.encoding)
-
     def close(self) -> None:
         """Gives the connection back if the answer was read whole, else closes it, which cancels the call upstream."""
         self._response.close()
-
-
-def decoded(body: bytes, encoding: str) -> bytes | None:
-    """Upstreams are asked not to compress; for one that does anyway, the record reads a copy."""
-    if encoding in ("identity", ""):
-        return body
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        return None
-    try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body)
-    except zlib.error:
-        return None
 
 
 class Upstream:
@@ -131,6 +114,10 @@ class Upstream:
         self._targets = {name: _target(entry, env) for name, entry in self._entries.items()}
         self._urls: dict[tuple[str, str], URL] = {}
         self._session: aiohttp.ClientSession | None = None
+        self._client = http1.Client(
+            connect_timeout=self._settings.connect_timeout, read_timeout=self._settings.read_timeout, resend=False
+        )
+        self._bases: dict[str, http1.Target | None] = {}
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -167,6 +154,7 @@ class Upstream:
 
     async def close(self) -> None:
         """Closes all connections."""
+        await self._client.close()
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -177,31 +165,54 @@ class Upstream:
         Sent again only when nothing came back: the connection could not be made, or a pooled one turned out to be dead
         at once. An upstream that was silent for longer may have done the work, and would bill it twice.
         """
-        url = self._url(request)
         while True:
             request.attempts += 1
             sent = time.monotonic()
             try:
-                return Reply(await self._once(request, url))
-            except TimeoutError as error:
-                raise _timeout() from error
+                return await self._once(request)
+            except _LATE as error:
+                raise late() from error
             except _BROKEN as error:
-                fresh = isinstance(error, aiohttp.ClientConnectorError) or time.monotonic() - sent < _STALE_SECONDS
-                if not fresh or request.attempts > self._settings.retries:
-                    raise UpstreamError(f"the upstream {url.host} can't be reached: {_why(error)}") from error
+                if request.attempts > self._settings.retries or not _untouched(error, time.monotonic() - sent):
+                    host = urlsplit(request.target.base).hostname
+                    raise UpstreamError(f"the upstream {host} can't be reached: {_why(error)}") from error
                 await asyncio.sleep(0.02)
 
-    async def _once(self, request: Request, url: URL) -> aiohttp.ClientResponse:
+    async def _once(self, request: Request) -> Reply:
+        base = self._base(request.target)
+        if base is None:
+            return await self._by_aiohttp(request)
+        path = f"/{request.tail}?{request.query}" if request.query else f"/{request.tail}"
+        if not path.isascii():
+            path = quote(path.encode("latin-1"), safe=_VISIBLE)
+        response = await self._client.request(
+            request.method.encode(), base, path.encode(), request.headers, request.body, fresh=request.attempts > 1
+        )
+        return RawReply(response)
+
+    def _base(self, target: Target) -> http1.Target | None:
+        """The target as the own client wants it; None where aiohttp has to do it."""
+        if target.proxy is not None or self._settings.client != "raw":
+            return None
+        if target.base not in self._bases:
+            try:
+                self._bases[target.base] = http1.Target.parse(target.base)
+            except InvalidRequest:
+                self._bases[target.base] = None
+        return self._bases[target.base]
+
+    async def _by_aiohttp(self, request: Request) -> Reply:
         # aiohttp warns of large bytes, which it writes at once; a file it writes in pieces.
         body: Any = request.body if len(request.body) < _AS_FILE else io.BytesIO(request.body)
-        return await self.session.request(
+        response = await self.session.request(
             request.method,
-            url,
+            self._url(request),
             data=body or None,
-            headers=request.headers,
+            headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers],
             allow_redirects=False,
             proxy=request.target.proxy,
         )
+        return AiohttpReply(response)
 
     def _url(self, request: Request) -> URL:
         """Parsed once for the few paths without a query; never normalised, since the upstream knows its own URLs."""
@@ -214,19 +225,19 @@ class Upstream:
         return URL(f"{url}?{request.query}", encoded=True) if request.query else url
 
 
-def headers_for(target: Target, given: list[Header], *, keyed: bool, unpacked: bool) -> list[tuple[str, str]]:
+def headers_for(target: Target, given: list[Header], *, keyed: bool, unpacked: bool) -> list[Header]:
     """The client's headers as they go upstream: without this hop's, without ours, credentials by the target's rule."""
     own = keyed or target.own
-    sent: list[tuple[str, str]] = []
+    sent: list[Header] = []
     named = {name.strip() for key, value in given if key == b"connection" for name in value.lower().split(b",")}
     for name, value in given:
         if name in _NOT_SENT or name in named or name.startswith(b"x-ratchet-"):
             continue
         if (own and name in _CREDENTIALS) or (unpacked and name == b"content-encoding"):
             continue
-        sent.append((name.decode("latin-1"), value.decode("latin-1")))
-    sent.append(("accept-encoding", "identity"))
-    sent.extend(target.headers)
+        sent.append((name, value))
+    sent.append((b"accept-encoding", b"identity"))
+    sent.extend((name.encode("latin-1"), value.encode("latin-1")) for name, value in target.headers)
     return sent
 
 
@@ -274,13 +285,13 @@ def _proxy(base: str) -> str | None:
     return getproxies().get(url.scheme)
 
 
-def _timeout() -> UpstreamTimeout:
-    return UpstreamTimeout("the upstream did not answer in time (upstream.connect_timeout, upstream.read_timeout)")
-
-
-def broken() -> UpstreamError:
-    """The error for an answer that stopped before its end."""
-    return UpstreamError("the upstream broke off its answer", code="upstream_broken")
+def _untouched(error: BaseException, seconds: float) -> bool:
+    """Whether nothing came of a request: it was not sent, or its connection ended at once and without an answer."""
+    if isinstance(error, aiohttp.ClientConnectorError | ConnectFailed):
+        return True
+    if isinstance(error, TransportError):
+        return isinstance(error, ClosedEarly) and not error.bytes_seen and seconds < _STALE_SECONDS
+    return seconds < _STALE_SECONDS
 
 
 def _why(error: BaseException) -> str:

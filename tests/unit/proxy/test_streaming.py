@@ -14,8 +14,8 @@ from proxy.identity import Trace
 from proxy.paths import Route
 from proxy.record import Call, Recorder
 from proxy.relay import Client, Streaming
+from proxy.reply import decoded
 from proxy.table import Table
-from proxy.upstream import decoded
 from tests.fake_upstream import chat_events, chunk, data, usage_chunk
 from tests.unit.proxy.harness import Lines
 

@@ -1,0 +1,104 @@
+"""The head of an upstream's answer as the relay sees it, whichever client fetched it."""
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterable
+
+from proxy.errors import Header, UpstreamError, UpstreamTimeout
+from proxy.http1_errors import ReadTimeout, TransportError
+from proxy.http1_response import Response
+
+# What belongs to one hop only.
+HOP = frozenset((b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection",
+                 b"te", b"trailer", b"transfer-encoding", b"upgrade"))  # fmt: skip
+
+
+class Reply(ABC):
+    """Status, headers in lower case without this hop's, and the body to be read. Reading raises UpstreamError or
+    UpstreamTimeout."""
+
+    cost_usd: float | None = None
+
+    def __init__(self, status: int, headers: Iterable[Header]) -> None:
+        self.status = status
+        self.headers: list[Header] = []
+        kind = encoding = b""
+        for raw, value in headers:
+            name = raw.lower()
+            if name not in HOP:
+                self.headers.append((name, value))
+            if name == b"content-type":
+                kind = kind or value
+            elif name == b"content-encoding":
+                encoding = encoding or value
+        self.stream = kind.strip().lower().startswith(b"text/event-stream")
+        self.encoding = encoding.strip().lower().decode("latin-1") or "identity"
+
+    def decoded(self, body: bytes) -> bytes | None:
+        """A readable copy of the body; None for an encoding that isn't known here, or if it is cut."""
+        return decoded(body, self.encoding)
+
+    @abstractmethod
+    async def read(self) -> bytes:
+        """The whole body, as it came."""
+
+    @abstractmethod
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The body's bytes as they arrive."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of it: an answer not read whole is cut off, which cancels the call upstream."""
+
+
+class RawReply(Reply):
+    """An answer over the own client."""
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.status, response.headers)
+        self._response = response
+
+    async def read(self) -> bytes:
+        """The whole body, as it came."""
+        try:
+            return await self._response.read()
+        except ReadTimeout as error:
+            raise late() from error
+        except TransportError as error:
+            raise broken() from error
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body's bytes as they arrive."""
+        try:
+            async for chunk in self._response:
+                yield chunk
+        except ReadTimeout as error:
+            raise late() from error
+        except TransportError as error:
+            raise broken() from error
+
+    def close(self) -> None:
+        """Closes the connection if the answer was not read whole, which cancels the call upstream."""
+        self._response.abort()
+
+
+def decoded(body: bytes, encoding: str) -> bytes | None:
+    """Upstreams are asked not to compress; for one that does anyway, the record reads a copy."""
+    if encoding in ("identity", ""):
+        return body
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        return None
+    try:
+        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body)
+    except zlib.error:
+        return None
+
+
+def late() -> UpstreamTimeout:
+    """The error for an upstream that let too much time pass."""
+    return UpstreamTimeout("the upstream did not answer in time (upstream.connect_timeout, upstream.read_timeout)")
+
+
+def broken() -> UpstreamError:
+    """The error for an answer that stopped before its end."""
+    return UpstreamError("the upstream broke off its answer", code="upstream_broken")
