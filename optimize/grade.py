@@ -174,7 +174,7 @@ def _ask(base: str, key: str | None, model: str, content: str) -> str:
             f"{base}/chat/completions",
             json={"model": model, "messages": messages, "response_format": {"type": "json_object"}},
             headers={"authorization": f"Bearer {key}"} if key else {},
-            timeout=120,
+            timeout=60,
         )
         reply.raise_for_status()
         text = reply.json()["choices"][0]["message"]["content"]

@@ -51,12 +51,12 @@ def ratchet(server: Served, tmp_path: Path, *words: str) -> subprocess.Completed
 
 
 def episodes(server: Served) -> dict[str, dict[str, Any]]:
-    return {row["episode_id"]: row for row in server.client.episodes(limit=1000)["episodes"]}
+    return {row["episode_id"]: row for row in server.client.episodes(limit=500)["episodes"]}
 
 
 def test_run_makes_one_rewarded_episode_a_task(server: Served, tmp_path: Path) -> None:
-    agent = script(tmp_path)
-    done = ratchet(server, tmp_path, "run", "--tasks", tasks(tmp_path), "--grader", "contains", "--json", "--", *agent)
+    words = ["run", "--tasks", tasks(tmp_path), "--grader", "contains", "--json", "--", *script(tmp_path)]
+    done = ratchet(server, tmp_path, *words)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert (answer["n"], answer["failed"], answer["mean"]) == (30, 0, 1.0)
@@ -130,9 +130,14 @@ def test_without_a_server_the_way_to_one_is_shown(tmp_path: Path) -> None:
     assert "start one with `ratchet serve`" in done.stderr
 
 
+def agent(tmp_path: Path, name: str) -> list[str]:
+    """An agent with a prompt of its own, since the prompts of a server's slots are told apart by their text."""
+    return script(tmp_path, AGENT.replace("You are a helper.", f"You are the {name} helper."))
+
+
 def apo(tmp_path: Path, slot: str) -> list[str]:
     how = ["--slot", slot, "--tasks", tasks(tmp_path), "--grader", "exact", "--budget", "40", "--holdout", "12"]
-    return ["optimize", "apo", *how, "--json", "--", *script(tmp_path)]
+    return ["optimize", "apo", *how, "--json", "--", *agent(tmp_path, slot)]
 
 
 def test_the_whole_loop_from_an_unknown_agent_to_a_live_better_prompt(
@@ -145,7 +150,7 @@ def test_the_whole_loop_from_an_unknown_agent_to_a_live_better_prompt(
     answer = json.loads(done.stdout)
     assert (answer["verdict"], answer["promoted"], answer["version"]) == ("promote", True, 2)
     assert (answer["holdout"]["before"], answer["holdout"]["after"], answer["holdout"]["n"]) == (0.0, 1.0, 12)
-    assert answer["seed_template"] == "You are a helper."
+    assert answer["seed_template"] == "You are the looped helper."
     assert Path(answer["report"]).is_file()
     assert Path(answer["report"]).is_relative_to(server.data_dir)
     assert "held-out test" in done.stderr
@@ -156,12 +161,15 @@ def test_the_whole_loop_from_an_unknown_agent_to_a_live_better_prompt(
     assert Counter(event["arm"] for event in events)["search"] <= 40
     assert answer["rollouts"] == len(events)
     assert count_spans(server) - spans == len(upstream.requests) - calls == len(events) + 2  # two to learn its prompt
+    hashes = {event["episode_id"]: f"c-{event['version_hash']}" for event in events}
+    rows = client.query("select episode_id, prompt_slot, prompt_candidate from spans_v")["rows"]
+    injected = {episode: candidate for episode, slot, candidate in rows if slot == "looped"}
+    assert injected == hashes  # every rollout got the prompt that it was paid for
     shown = json.loads(ratchet(server, tmp_path, "jobs", "show", answer["job_id"], "--json").stdout)
     assert shown["status"] == "done"
 
-    after = ratchet(
-        server, tmp_path, "run", "--tasks", tasks(tmp_path), "--grader", "exact", "--json", "--", *script(tmp_path)
-    )
+    words = ["run", "--tasks", tasks(tmp_path), "--grader", "exact", "--json", "--", *agent(tmp_path, "looped")]
+    after = ratchet(server, tmp_path, *words)
     assert json.loads(after.stdout)["mean"] == 1.0  # the same agent, nothing pinned
 
 

@@ -263,3 +263,30 @@ def test_bad_input_is_refused_before_anything_runs(
         run(world, tmp_path, spec(tmp_path, **changes))
     assert not world.events_
     assert not world.spans_
+
+
+def test_an_optimizer_model_writes_parts_through_the_proxy_as_an_episode_of_the_job(
+    tmp_path: Path, world: World
+) -> None:
+    def both(system: str, user: str) -> str:
+        if system.startswith("You improve the prompt"):
+            return json.dumps([{"op": "add", "text": "Answer CURTLY and stop.", "failures": [1, 2]}])
+        number = re.findall(r"\d+", user)[-1]
+        return number if "CURTLY" in system else f"The number is {number}, I think."
+
+    world.model = both
+    config = settings(tmp_path)
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"model": "critic"})})
+    client = cast(Client, world)
+    done = asyncio.run(run_apo(spec(tmp_path), client, world.url, settings=config, job_id="job-1"))
+    assert (done.verdict, done.gate and done.gate.after) == ("promote", 1.0)
+    assert "CURTLY" in done.best_template
+    assert "job-1-editor" in {span["episode_id"] for span in world.spans_}
+
+
+def test_an_optimizer_model_that_does_not_answer_does_not_stop_the_search(tmp_path: Path, world: World) -> None:
+    config = settings(tmp_path)
+    broken = config.optimizer.model_copy(update={"model": "critic", "api_base": "http://127.0.0.1:1/v1"})
+    config = config.model_copy(update={"optimizer": broken})
+    done = asyncio.run(run_apo(spec(tmp_path), cast(Client, world), world.url, settings=config))
+    assert done.verdict == "promote"
