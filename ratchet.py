@@ -43,7 +43,9 @@ class Lazy(TyperGroup):
             command: Any = typer.main.get_group(found)
         else:
             single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-            single.command(name=cmd_name, no_args_is_help=False)(found)
+            # A reward may be negative: `-1` is a number there, not an option.
+            settings = {"ignore_unknown_options": True} if cmd_name == "reward" else None
+            single.command(name=cmd_name, no_args_is_help=False, context_settings=settings)(found)
             command = typer.main.get_command(single)
         command.name = cmd_name
         return command
