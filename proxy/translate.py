@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import logging
 import os
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,6 +14,7 @@ from proxy.errors import BadRequest, Header, UpstreamError, UpstreamTimeout
 from proxy.prepare import parse
 from proxy.upstream import Request
 
+log = logging.getLogger(__name__)
 # What a client may ask for. Everything else in a body stays out: LiteLLM would take `api_base` or `extra_headers` as
 # orders, and send the configured key wherever a client likes.
 _COMMON = frozenset(("temperature", "top_p", "n", "stream", "stream_options", "stop", "max_tokens", "presence_penalty",
@@ -32,6 +34,7 @@ _KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permi
 _JSON: list[Header] = [(b"content-type", b"application/json")]
 _SSE: list[Header] = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 _lock = asyncio.Lock()
+_closing: set[asyncio.Future[Any]] = set()
 
 
 class Translated:
@@ -58,7 +61,7 @@ class Translated:
             return
         try:
             async for chunk in self._source:
-                yield b"data: " + _dump(chunk) + b"\n\n"
+                yield b"data: " + orjson.dumps(self._chunk(chunk.model_dump())) + b"\n\n"
         except Exception as error:
             if not _is_provider_error(error):
                 raise
@@ -69,9 +72,30 @@ class Translated:
         """It is readable as it is."""
         return body
 
+    def _chunk(self, raw: Json) -> Json:
+        """A chunk as OpenAI would send it: the one that tells the usage has no choices."""
+        chunk = _clean(raw)
+        usage = chunk.get("usage")
+        if isinstance(usage, dict):
+            cost = usage.get("cost")
+            self.cost_usd = float(cost) if isinstance(cost, int | float) else self.cost_usd
+            if not any(choice.get("delta") or choice.get("finish_reason") for choice in chunk.get("choices") or ()):
+                chunk["choices"] = []
+        return chunk
+
     def close(self) -> None:
-        """Cancels a stream that was not read to its end: dropping the iterator closes the connection below it."""
-        self._source = None
+        """Cancels a stream that was not read to its end."""
+        source, self._source = self._source, None
+        if source is not None:
+            closing = asyncio.ensure_future(source.aclose())
+            _closing.add(closing)
+            closing.add_done_callback(_closed)
+
+
+def _closed(closing: asyncio.Future[Any]) -> None:
+    _closing.discard(closing)
+    if not closing.cancelled() and closing.exception() is not None:
+        log.info("a translated stream did not close cleanly: %s", closing.exception())
 
 
 async def send(request: Request, operation: str) -> Translated:

@@ -148,6 +148,11 @@ class FakeUpstream:
         self._next.extend(replies)
         return self
 
+    def forget(self) -> None:
+        """Drops what was received and what was queued, so that tests can share a server."""
+        self.requests.clear()
+        self._next.clear()
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"

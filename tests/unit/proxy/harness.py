@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import httpx
 import uvicorn
 
 from collector.settings import Settings
@@ -101,6 +102,8 @@ class Worker:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.root = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self.url = self.root + "/v1"
+        # A client costs more to make than a call; connections aren't kept, so that none outlives a test.
+        self.client = httpx.Client(verify=False, timeout=20, limits=httpx.Limits(max_keepalive_connections=0))
         self.versions: Versions
         self.server: uvicorn.Server
 
@@ -125,6 +128,7 @@ class Worker:
         wait_for(lambda: self.server.started)
 
     def stop(self) -> None:
+        self.client.close()
         self.server.should_exit = True
         self._thread.join(10)
 
