@@ -75,7 +75,7 @@ class Answer:
         chunks = [] if silent else [self._chunk(body)]
         if choice.finish is not None:
             empty: dict[str, Any] = {"delta": {}} if self._call.chat else {"text": ""}
-            chunks.append(self._chunk({"index": index, **empty}, choice.finish))
+            chunks.append(self._chunk({"index": index, **empty, "logprobs": None}, choice.finish))
         return chunks
 
     def closing(self) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def tiny_gemma() -> Any:
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
         max_position_embeddings=256,
-        eos_token_id=0,
+        tie_word_embeddings=False,
         bos_token_id=1,
         pad_token_id=0,
     )
@@ -67,19 +67,17 @@ def tiny_llama() -> Any:
         num_attention_heads=4,
         num_key_value_heads=1,
         max_position_embeddings=256,
-        eos_token_id=0,
         bos_token_id=1,
     )
     return _spread(LlamaForCausalLM(config))
 
 
 def _spread(model: Any) -> Any:
-    """Larger weights than the usual start, so that logits differ and answers vary; no early end."""
+    """Larger weights than the usual start, so that logits differ and answers vary. No id ends an answer."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
                 weight.normal_(0, 0.4 if "embed" in name else 0.25)
-        model.get_input_embeddings().weight[0] = 0
     return model.eval()
 
 
