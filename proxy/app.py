@@ -28,7 +28,6 @@ class App:
     ) -> None:
         self._guard = Guard(settings.server)
         self._cold = cold
-        self._calls = limits.Calls()
         self._relay = Relay(
             upstream,
             Prompts(versions, table),
@@ -57,14 +56,10 @@ class App:
                 await self._cold(_unscoped(scope, route), receive, send)
                 return
             tenant = self._guard.authorise(headers, "agent")
-            self._calls.__enter__()
         except RatchetError as error:
             await errors.respond(send, error)
             return
-        try:
-            await self._relay.serve(scope, receive, send, begin(route, route.dialect, headers, tenant or ""))
-        finally:
-            self._calls.__exit__()
+        await self._relay.serve(scope, receive, send, begin(route, route.dialect, headers, tenant or ""))
 
 
 def begin(route: Route, dialect: Dialect, headers: dict[bytes, bytes], tenant: str) -> Call:

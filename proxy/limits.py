@@ -128,9 +128,9 @@ def _unzstd(zstd: ModuleType, body: bytes, limit: int) -> bytes:
 class Calls:
     """How many calls are under way, with a cap; use it as `with calls:`. Raises Overloaded at the cap."""
 
-    def __init__(self, most: int = MAX_CALLS) -> None:
+    def __init__(self, most: int | None = None) -> None:
         self.running = 0
-        self._most = most
+        self._most = MAX_CALLS if most is None else most
 
     def __enter__(self) -> None:
         if self.running >= self._most:

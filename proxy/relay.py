@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 import orjson
 
 from collector.errors import RatchetError
-from proxy import errors, inject, limits, sse, translate
+from proxy import errors, inject, limits, metrics, sse, translate
 from proxy.auth import Guard
 from proxy.dialects.base import Dialect, Summary
 from proxy.errors import Broken, ClientGone, Header
@@ -124,13 +124,16 @@ class Relay:
         self._table = table
         self._guard = guard
         self._limit = body_limit
+        self._calls = limits.Calls()
+        metrics.INFLIGHT.set_function(lambda: self._calls.running)
 
     async def serve(self, scope: Any, receive: Any, send: Any, call: Call) -> None:
         """From the request's body to the span. The recorder writes a call once, so the `finally` catches all that ended
         before its regular moment of writing: just ahead of the answer's last byte."""
         client = Client(send, call, self._recorder)
         try:
-            await self._relay(scope, receive, client, call)
+            with self._calls:
+                await self._relay(scope, receive, client, call)
         except ClientGone:
             call.end("cancelled")
         except asyncio.CancelledError:

@@ -536,3 +536,17 @@ def test_an_answer_to_a_stream_request_may_be_json(proxy: Worker, upstream: Fake
 
 def test_a_client_that_asked_for_usage_gets_it(proxy: Worker) -> None:
     assert usage_chunk() in post(proxy, STREAM).content
+
+
+def test_a_call_over_the_cap_is_a_503_and_a_span(tmp_path: Path, upstream: FakeUpstream) -> None:
+    upstream.forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("proxy.limits.MAX_CALLS", 1)
+        with worker(tmp_path, upstream.url) as proxy:
+            upstream.reply(Reply(end="hang"))
+            connection = raw(proxy, request(BODY))
+            wait_for(lambda: len(upstream.requests) == 1)
+            reply = post(proxy)
+            connection.close()
+            assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+            assert sorted(span["status"] for span in (proxy.span(0, count=2), proxy.span(1))) == ["cancelled", "error"]
