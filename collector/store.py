@@ -164,30 +164,35 @@ class Store:
     # Opening
 
     def _open(self) -> "duckdb.DuckDBPyConnection":
-        con = self._connect_or_move_aside()
         try:
-            if not self._same_schema(con):
+            return self._open_what_is_there()
+        except duckdb.Error as error:
+            self._give_up_on(error)
+            return self._open_what_is_there()
+
+    def _open_what_is_there(self) -> "duckdb.DuckDBPyConnection":
+        con = self._connect()
+        try:
+            known = _known_schema(con)
+            if known not in (None, SCHEMA_HASH):
                 con.close()
                 self._start_over()
-                con = self._connect()
-            self._prepare(con)
+                con, known = self._connect(), None
+            self._prepare(con, known)
         except BaseException:
             con.close()
             raise
         return con
 
-    def _connect_or_move_aside(self) -> "duckdb.DuckDBPyConnection":
-        try:
-            return self._connect()
-        except duckdb.Error as error:
-            text = str(error)
-            if "Could not set lock" in text:
-                raise Conflict(f"{self.path} is open in another process") from None
-            if "No space left" in text or "Permission denied" in text:
-                raise Unavailable(f"cannot open {self.path}: {text}") from None
-            log.error("cannot open %s: %s; a new one is built from the journal", self.path, text)
-            self._move_aside()
-            return self._connect()
+    def _give_up_on(self, error: duckdb.Error) -> None:
+        """Move a file aside that does not open; raises where another one would not open either."""
+        text = str(error)
+        if "Could not set lock" in text:
+            raise Conflict(f"{self.path} is open in another process") from None
+        if "No space left" in text or "Permission denied" in text:
+            raise Unavailable(f"cannot open {self.path}: {text}") from None
+        log.error("cannot open %s: %s; a new one is built from the journal", self.path, text)
+        self._move_aside()
 
     def _connect(self) -> "duckdb.DuckDBPyConnection":
         config = {
@@ -198,12 +203,6 @@ class Store:
             "autoload_known_extensions": "false",
         }
         return duckdb.connect(str(self.path), config=config)
-
-    def _same_schema(self, con: "duckdb.DuckDBPyConnection") -> bool:
-        if not con.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = '_meta'").fetchall():
-            return not con.execute("SELECT 1 FROM duckdb_tables() LIMIT 1").fetchall()
-        known = con.execute("SELECT value FROM _meta WHERE key = 'schema'").fetchall()
-        return bool(known == [(SCHEMA_HASH,)])
 
     def _move_aside(self) -> None:
         stamp = time.time_ns()
@@ -220,17 +219,22 @@ class Store:
         for path in (self.path, self.path.with_name(self.path.name + ".wal")):
             path.unlink(missing_ok=True)
 
-    def _prepare(self, con: "duckdb.DuckDBPyConnection") -> None:
-        """Tables and views, weights, then the walls: no file but the journal can be read, nothing reconfigured."""
-        con.execute("BEGIN")
-        con.execute(SCHEMA)
-        con.execute("DELETE FROM reward_weights")
-        for name, weight in self._weights.items():
-            con.execute("INSERT INTO reward_weights VALUES (?, ?)", [name, weight])
-        con.execute("DELETE FROM _meta")
-        con.execute("INSERT INTO _meta VALUES ('schema', ?)", [SCHEMA_HASH])
-        con.execute("COMMIT")
-        con.execute("CHECKPOINT")
+    def _prepare(self, con: "duckdb.DuckDBPyConnection", known: str | None) -> None:
+        """Tables and views where they are new, weights, then the walls: no file but the journal can be read, and
+        nothing reconfigured."""
+        if known is None:
+            con.execute("BEGIN")
+            con.execute(SCHEMA)
+            con.execute("INSERT INTO _meta VALUES ('schema', ?)", [SCHEMA_HASH])
+            con.execute("COMMIT")
+            con.execute("CHECKPOINT")
+        weights = dict(con.execute("SELECT name, weight FROM reward_weights").fetchall())
+        if weights != self._weights:
+            con.execute("BEGIN")
+            con.execute("DELETE FROM reward_weights")
+            for name, weight in self._weights.items():
+                con.execute("INSERT INTO reward_weights VALUES (?, ?)", [name, weight])
+            con.execute("COMMIT")
         con.execute("SET allowed_directories = ?", [[str(self._journal.resolve())]])
         con.execute("SET enable_external_access = false")
         con.execute("SET lock_configuration = true")
@@ -363,6 +367,15 @@ class Store:
                 raise QueryError(str(error), param="sql") from None
             finally:
                 timer.cancel()
+
+
+def _known_schema(con: "duckdb.DuckDBPyConnection") -> str | None:
+    """The hash of the schema that made this file; None for a new file."""
+    try:
+        found = con.execute("SELECT value FROM _meta WHERE key = 'schema'").fetchall()
+    except duckdb.CatalogException:
+        return None
+    return str(found[0][0]) if found else ""
 
 
 def _one_select(sql: str) -> Any:
