@@ -49,13 +49,15 @@ class Params:
     thompson: float = 0.7  # standard deviations of a draw, relative to the posterior's
     success: float = 0.95  # rewards from here on are no failures to learn from
     confident: float = 0.9  # P(gain > 0) from which a prompt other than the seed is reported
+    doubt: float = 0.25  # the sceptic's prior odds of no effects, against each scale of effects, for what is reported
+    doubt_to_stop: float = 4.0  # the same for whoever wants to stop
     headroom: float = 0.95  # a seed with this mean reward has nothing to gain
     headroom_rollouts: int = 20
     worth: float = 0.03  # smallest gain worth searching for
     stop_early: bool = True
     hope: float = 0.1  # P(gain > worth) below which a run has no hope
-    patience: int = 48  # rollouts without hope that end a run
-    stop_after: int = 100  # rollouts before which no run ends for want of hope or by convergence
+    patience: int = 64  # rollouts without hope that end a run
+    stop_after: int = 160  # rollouts before which no run ends for want of hope or by convergence
     stop_loss: float = 0.02  # expected loss of reward that ends a run as converged
     limits: Limits = field(default_factory=Limits)
     priors: Priors = field(default_factory=Priors)
@@ -298,7 +300,6 @@ class _Search:
             self.replicates[key] += 1
             asked.append((request, subset, task, self.replay.get((*key, request.replicate))))
         granted = self.budget.reserve(sum(row is None or row.paid for *_, row in asked))
-        self.spent = self.spent or granted < len([1 for *_, row in asked if row is None or row.paid])
         asked = _affordable(asked, granted)
         outcomes = iter(await self._evaluated([request for request, _, _, row in asked if row is None]))
         for request, subset, task, row in asked:
@@ -389,7 +390,7 @@ class _Search:
 
     def _gain(self, posterior: Posterior, subset: Subset) -> tuple[float, float, float]:
         """The sceptic's mean, sd and P(> 0) of the subset's reward less the seed's."""
-        return posterior.sceptical(self._contrast(subset))
+        return posterior.sceptical(self._contrast(subset), doubt=self.params.doubt)
 
     def _contrast(self, subset: Subset) -> Array:
         return self._weights(subset) - self._weights(self.pool.seed)
@@ -420,7 +421,7 @@ class _Search:
 
     def _hopeless(self, posterior: Posterior, leader: Subset) -> tuple[Stop, str] | None:
         """Whether a gain worth having has been improbable for a while, in the sceptic's eyes."""
-        *_, hope = posterior.sceptical(self._contrast(leader), self.params.worth)
+        *_, hope = posterior.sceptical(self._contrast(leader), self.params.worth, self.params.doubt_to_stop)
         if hope >= self.params.hope or len(self.rows) < self.params.stop_after:
             self.hopeful = len(self.rows)
         if len(self.rows) - self.hopeful < self.params.patience:
@@ -463,7 +464,7 @@ class _Search:
         )
 
     def _result(self, posterior: Posterior, stop: Stop, reason: str) -> SearchResult:
-        leader = self.pool.best(posterior.mean)
+        leader, doubt = self.pool.best(posterior.mean), self.params.doubt
         gain, sd, p_gain = self._gain(posterior, leader)
         best = leader if p_gain >= self.params.confident and gain > 0 else self.pool.seed
         return SearchResult(
@@ -471,7 +472,7 @@ class _Search:
             best_template=self.pool.render(best),
             best_parts=tuple(self.pool.parts[index] for index in best),
             leader_template=self.pool.render(leader),
-            value=posterior.base() + posterior.sceptical(self._weights(leader))[0],
+            value=posterior.base(doubt) + posterior.sceptical(self._weights(leader), doubt=doubt)[0],
             gain=gain,
             gain_sd=sd,
             p_gain=p_gain,

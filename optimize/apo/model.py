@@ -164,9 +164,12 @@ class Posterior:
         """The sceptic's probability that no part does anything."""
         return self.doubts[0].share
 
-    def sceptical(self, weights: Array, above: float = 0.0) -> tuple[float, float, float]:
-        """The sceptic's mean, standard deviation and P(> above) of `weights (J,) @ values`; `above` >= 0."""
-        share = np.array([belief.share for belief in self.doubts])
+    def sceptical(self, weights: Array, above: float = 0.0, doubt: float = 1.0) -> tuple[float, float, float]:
+        """The sceptic's mean, standard deviation and P(> above) of `weights (J,) @ values`; `above` >= 0.
+
+        `doubt`: prior odds of no effects at all against any one scale of effects.
+        """
+        share = self._shares(doubt)
         means = np.array([float(weights @ belief.mean) for belief in self.doubts])
         sds = np.array([float(np.linalg.norm(weights @ belief.root)) for belief in self.doubts])
         mean = float(share @ means)
@@ -174,9 +177,15 @@ class Posterior:
         z = np.where(sds > 0, (means - above) / np.maximum(sds, 1e-12), -np.inf)
         return mean, math.sqrt(max(0.0, variance)), float(share @ ndtr(z))
 
-    def base(self) -> float:
+    def base(self, doubt: float = 1.0) -> float:
         """The sceptic's expected reward of the empty set."""
-        return sum(belief.share * belief.base for belief in self.doubts)
+        return float(self._shares(doubt) @ np.array([belief.base for belief in self.doubts]))
+
+    def _shares(self, doubt: float) -> Array:
+        share = np.array([belief.share for belief in self.doubts])
+        share[0] *= doubt
+        result: Array = share / share.sum()
+        return result
 
     def draw(self, rng: np.random.Generator, scale: float) -> Array:
         """A Thompson draw (J,) of the values, with `scale` times the posterior's standard deviations."""

@@ -157,7 +157,7 @@ class Pool:
         else:
             chosen = self._exclusive([*chosen, *sentences], net)
         subset = tuple(sorted(chosen))
-        return subset if self.render(subset).strip() else tuple(sorted({*subset, *self.seed}))
+        return subset if self.render(subset).strip() else (max(self.seed, key=lambda index: float(net[index])),)
 
     def _lines(self, net: Array, kinds: tuple[str, ...]) -> list[int]:
         wanted = [index for index, part in enumerate(self.parts) if part.kind in kinds and net[index] > 0]
