@@ -170,13 +170,18 @@ class _Work:
             self.search_tasks,
             self._evaluate,
             log,
-            factorial.Params(budget=self.spec.budget, seed=self.spec.seed),
+            self._params(),
             on_progress=self._searching,
             rows=await self._paid_rows(),
             proposals=log.earlier,
             budget=Budget(self.spec.budget),
             train_texts=[str(value) for task in self.search_tasks for value in task.data.values()],
         )
+
+    def _params(self) -> factorial.Params:
+        """The engine's defaults; blocks that leave no agent idle where more run at once than a block has rollouts."""
+        block = None if self.spec.concurrency <= 4 else self.spec.concurrency
+        return factorial.Params(budget=self.spec.budget, seed=self.spec.seed, block=block)
 
     def _proposer(self, origin: Origin) -> Proposer:
         async def successes() -> list[Example]:

@@ -137,6 +137,7 @@ def agent(tmp_path: Path, name: str) -> list[str]:
 
 def apo(tmp_path: Path, slot: str) -> list[str]:
     how = ["--slot", slot, "--tasks", tasks(tmp_path), "--grader", "exact", "--budget", "40", "--holdout", "12"]
+    how += ["--concurrency", "8"]
     return ["optimize", "apo", *how, "--json", "--", *agent(tmp_path, slot)]
 
 
