@@ -25,6 +25,7 @@ import orjson
 from collector.errors import BadInput, Conflict, Unavailable
 from collector.settings import Settings
 from proxy.child import Child, Command
+from proxy.files import write_atomically
 
 log = logging.getLogger("ratchet.supervisor")
 
@@ -142,13 +143,6 @@ def runtime() -> Iterator[Runtime]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def write_atomically(path: Path, content: object) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(orjson.dumps(content))
-    temporary.replace(path)
-
-
 def collector_command(settings: Settings, shared: Runtime) -> Command:
     """The collector's process. It gets what it needs, and no key."""
     config = settings.model_dump_json(exclude={"server", "model_list", "optimizer"})
@@ -206,7 +200,8 @@ class Supervisor:
             await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()
-                write_atomically(server_file, {"url": self.url, "pid": os.getpid(), "started_ns": time.time_ns()})
+                about = {"url": self.url, "pid": os.getpid(), "started_ns": time.time_ns()}
+                write_atomically(server_file, orjson.dumps(about))
                 on_ready(self.url)
                 await asked
         finally:
@@ -256,9 +251,9 @@ class Supervisor:
             await asyncio.sleep(0.02)
 
     def _count(self) -> None:
-        children = (self._collector, *self._workers)
+        counts = {child.name: child.restarts for child in (self._collector, *self._workers)}
         with contextlib.suppress(OSError):  # a full temporary directory must not end the supervisor
-            write_atomically(self._shared.state, {"restarts": {child.name: child.restarts for child in children}})
+            write_atomically(self._shared.state, orjson.dumps({"restarts": counts}))
 
 
 def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:

@@ -46,7 +46,7 @@ def key(kind: str, *parts: str) -> bytes:
 
 
 class Table:
-    """Keys of 16 bytes to values of at most 136. Raises OSError if the file can't be mapped."""
+    """Keys of 16 bytes to values of at most 136. Raises OSError if the file can't be mapped or the disk is full."""
 
     def __init__(self, path: Path, slots: int = 1 << 16) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -62,6 +62,8 @@ class Table:
         else:
             os.ftruncate(self._file, 0)
         os.ftruncate(self._file, _HEADER + buckets * _BUCKET)
+        if hasattr(os, "posix_fallocate"):  # who writes to a hole of a mapped file while the disk is full is killed
+            os.posix_fallocate(self._file, 0, _HEADER + buckets * _BUCKET)
         os.pwrite(self._file, _MAGIC + _TIME.pack(buckets), 0)
         return int(buckets)
 

@@ -27,6 +27,8 @@ from collector.lifeline import follow
 from collector.settings import Settings
 
 if TYPE_CHECKING:
+    from proxy.routes.base import Context
+    from proxy.table import Table
     from proxy.versions import Versions
 
 log = logging.getLogger("ratchet.worker")
@@ -89,8 +91,6 @@ async def serve(spec: Spec, ready: Any) -> None:
     from proxy.link import Link
     from proxy.routes import cold
     from proxy.routes.base import Context
-    from proxy.routes.ops import Count
-    from proxy.table import Table
     from proxy.upstream import Upstream
     from proxy.versions import Versions
 
@@ -100,11 +100,10 @@ async def serve(spec: Spec, ready: Any) -> None:
     versions = Versions(link.snapshot, data_dir / "deployments.json", link.candidate)
     versions.load_cache()
     journal = Journal(data_dir / "journal", f"worker{spec.index}")
-    with Table(data_dir / "episodes.tab") as table, socket.socket(fileno=spec.listen_fd) as listener:
-        context = Context(
-            settings, journal, versions, upstream, link, Guard(settings.server), spec.runtime / "state.json"
-        )
-        server = Server(_config(App(settings, journal, versions, upstream, table, cold(context)), Count(context)))
+    with _table(data_dir, spec.runtime) as table, socket.socket(fileno=spec.listen_fd) as listener:
+        guard = Guard(settings.server)
+        context = Context(settings, journal, versions, upstream, link, guard, spec.runtime, spec.index)
+        server = Server(_config(App(settings, journal, versions, upstream, table, cold(context)), context))
         _obey(server, context, spec.alive_fd, spec.runtime)
         await _first_deployments(versions, server, PATIENCE[spec.first])
         watching = asyncio.create_task(versions.watch())
@@ -120,9 +119,26 @@ async def serve(spec: Spec, ready: Any) -> None:
             await asyncio.to_thread(journal.close)
 
 
-def _config(app: Any, count: Any) -> uvicorn.Config:
-    async def counted() -> None:
+def _table(data_dir: Path, runtime: Path) -> "Table":
+    """The workers' shared table; where the disk has no room for it, one that lasts as long as this server."""
+    from proxy.table import Table
+
+    try:
+        return Table(data_dir / "episodes.tab")
+    except OSError as error:
+        log.error("%s cannot be used (%s): episodes are remembered until the server ends", data_dir, error.strerror)
+        return Table(runtime / "episodes.tab")
+
+
+def _config(app: Any, context: "Context") -> uvicorn.Config:
+    from proxy.routes.ops import Count, publish
+
+    count = Count(context)
+
+    async def each_second() -> None:
         count.update()
+        if context.settings.server.workers > 1:
+            await asyncio.to_thread(publish, context)
 
     return uvicorn.Config(
         app,
@@ -136,12 +152,12 @@ def _config(app: Any, count: Any) -> uvicorn.Config:
         server_header=False,
         backlog=2048,
         timeout_graceful_shutdown=DRAIN,
-        callback_notify=counted,
+        callback_notify=each_second,
         timeout_notify=1,
     )
 
 
-def _obey(server: Server, context: Any, alive_fd: int, runtime: Path) -> None:
+def _obey(server: Server, context: "Context", alive_fd: int, runtime: Path) -> None:
     """End in order on SIGTERM, at once when the supervisor is gone; Ctrl-C is the supervisor's to handle."""
     loop = asyncio.get_running_loop()
 
@@ -173,7 +189,8 @@ async def _first_deployments(versions: "Versions", server: Server, patience: flo
             if time.monotonic() < deadline:
                 await asyncio.sleep(0.05)
                 continue
-            log.warning("serving revision %d from the cache: %s", versions.current.revision, error.message)
+            revision = versions.current.revision
+            log.warning("the collector does not answer (%s): serving revision %d from the cache", error.code, revision)
         return
 
 
@@ -192,10 +209,6 @@ def main() -> None:
     """The process."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     spec = read_spec(sys.stdin.buffer.read())
-    if spec.settings.server.workers > 1:  # read by prometheus_client when it is imported
-        directory = spec.runtime / "metrics"
-        directory.mkdir(exist_ok=True)
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:  # each call holds two connections
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -36,7 +36,8 @@ class Context:
     upstream: Upstream
     link: Link
     guard: Guard
-    state: Path | None = None  # the supervisor's counters
+    runtime: Path  # what the processes of this server share: counters
+    index: int = 0  # of this worker
     draining: bool = False
 
     @property

@@ -1,8 +1,8 @@
 """Operations: is it alive, is it ready, what did it count, what is it."""
 
 import contextlib
-import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from collector.errors import RatchetError
+from proxy.files import write_atomically
 from proxy.metrics import REGISTRY
 from proxy.routes.base import Context, Endpoint, Handler, json_response
 
 MAX_LAG = 30.0  # seconds that the store may be behind the journal before the server counts as not ready
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
+SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(\{?)", re.MULTILINE)  # what is before a label, or before the value
 
 LINES = Counter("ratchet_journal_lines", "Journal lines by what became of them", ("fate",), registry=REGISTRY)
 BYTES = Counter("ratchet_journal_bytes", "Bytes written to the journal", registry=REGISTRY)
-HEALTHY = Gauge(
-    "ratchet_journal_healthy", "1 while the disk takes what is written", registry=REGISTRY, multiprocess_mode="livemin"
-)
-REVISION = Gauge(
-    "ratchet_deployments_revision",
-    "The revision of the deployments in force",
-    registry=REGISTRY,
-    multiprocess_mode="livemin",
-)
+HEALTHY = Gauge("ratchet_journal_healthy", "1 while the disk takes what is written", registry=REGISTRY)
+REVISION = Gauge("ratchet_deployments_revision", "The revision of the deployments in force", registry=REGISTRY)
 
 
 class Count:
@@ -111,38 +106,40 @@ async def readyz(context: Context, _request: Request) -> Response:
 
 
 async def metrics(context: Context, _request: Request) -> Response:
-    """Prometheus text: of this worker, or of all where there are several."""
-    return Response(await run_in_threadpool(_exposition, context.state), media_type=TEXT)
+    """Prometheus text with the counts of all workers, at most about a second old."""
+    return Response(await run_in_threadpool(_exposition, context), media_type=TEXT)
 
 
-def _exposition(state: Path | None) -> bytes:
-    directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    text = _of_all(Path(directory)) if directory else generate_latest(REGISTRY)
-    if state is None:
-        return text
-    extra = CollectorRegistry()
-    extra.register(Restarts(state))
-    return text + generate_latest(extra)
+def publish(context: Context) -> None:
+    """Leave this worker's counts where the others find them. A full disk leaves the last ones in place."""
+    with contextlib.suppress(OSError):
+        write_atomically(context.runtime / f"worker{context.index}.prom", labelled(context.index))
 
 
-def _of_all(directory: Path) -> bytes:
-    from prometheus_client import multiprocess
-
-    for file in directory.glob("gauge_live*.db"):  # what a dead worker last said of itself is no longer so
-        pid = int(file.stem.rpartition("_")[2])
-        if not _lives(pid):
-            multiprocess.mark_process_dead(pid, str(directory))  # type: ignore[no-untyped-call]
-    merged = CollectorRegistry()
-    multiprocess.MultiProcessCollector(merged, str(directory))  # type: ignore[no-untyped-call]
-    return generate_latest(merged)
+def labelled(index: int) -> bytes:
+    """This worker's counts, each with the label `worker`: a restart then resets its own series only."""
+    text = generate_latest(REGISTRY).decode()
+    return SAMPLE.sub(lambda found: f'{found[1]}{{worker="{index}"{"," if found[2] else "}"}', text).encode()
 
 
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
+def merge(texts: Iterable[bytes]) -> bytes:
+    """One exposition out of several of the same metrics: the samples of a family have to stand together."""
+    families: dict[str, list[str]] = {}
+    for text in texts:
+        for block in text.decode().split("# HELP ")[1:]:
+            about, kind, samples = block.split("\n", 2)
+            families.setdefault(f"# HELP {about}\n{kind}\n", []).append(samples)
+    return "".join(head + "".join(samples) for head, samples in families.items()).encode()
+
+
+def _exposition(context: Context) -> bytes:
+    texts = [labelled(context.index)]
+    for index in set(range(context.settings.server.workers)) - {context.index}:
+        with contextlib.suppress(OSError):
+            texts.append((context.runtime / f"worker{index}.prom").read_bytes())
+    restarts = CollectorRegistry()
+    restarts.register(Restarts(context.runtime / "state.json"))
+    return merge(texts) + generate_latest(restarts)
 
 
 async def about(context: Context, request: Request) -> Response:
