@@ -21,6 +21,7 @@ class Link:
     def __init__(self, socket: Path) -> None:
         self._socket = str(socket)
         self._session: aiohttp.ClientSession | None = None
+        self._serial: int | None = None  # of the last snapshot: a version that came between two polls is news too
 
     @property
     def session(self) -> aiohttp.ClientSession:
@@ -43,7 +44,10 @@ class Link:
     async def snapshot(self, after: int | None, wait: float) -> dict[str, Any]:
         """The registry; with `after`, once it is newer or `wait` seconds have passed."""
         query = f"?after={after}&timeout={wait:g}" if after is not None else ""
+        if after is not None and self._serial is not None:
+            query += f"&serial={self._serial}"
         found: dict[str, Any] = await self._read(f"/api/deployments{query}", wait + GRACE)
+        self._serial = found.get("serial")
         return found
 
     async def candidate(self, slot: str, candidate: str) -> str | None:
