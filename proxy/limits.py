@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import zlib
 from functools import cache
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ _STEP = 1 << 20
 
 def check_headers(headers: list[tuple[bytes, bytes]]) -> None:
     """Raises HeadersTooLarge over 64 KB."""
-    if sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+    if sum(map(len, chain.from_iterable(headers))) > MAX_HEADER_BYTES:
         raise HeadersTooLarge(f"the headers are larger than {MAX_HEADER_BYTES} bytes")
 
 

@@ -4,8 +4,8 @@ Fixed size, sixteen entries a bucket; a full bucket gives up its oldest entry, s
 `slots` things and never grows. Writers hold a lock on the file (the kernel drops it when its holder dies); readers take
 none: an entry carries a checksum, and a torn one reads as absent.
 
-    bucket   16 keys of 16 bytes | 16 entries
-    entry    time of last use (u64 ns) | crc32 (u32) | state (u8) | length (u8) | value (<= 136 bytes)
+    bucket   16 keys of 16 bytes | 16 times of last use (u64 ns) | 16 entries
+    entry    crc32 (u32) | state (u8) | length (u8) | value (<= 136 bytes)
 """
 
 import fcntl
@@ -24,10 +24,12 @@ from typing import NamedTuple, Self
 WAYS = 16
 KEY = 16
 VALUE = 136
-_HEAD = struct.Struct("<QIBB")
+_HEAD = struct.Struct("<IBB")
 _ENTRY = _HEAD.size + VALUE
-_BUCKET = WAYS * (KEY + _ENTRY)
 _TIME = struct.Struct("<Q")
+_TIMES = struct.Struct(f"<{WAYS}Q")
+_KEYS = WAYS * KEY
+_BUCKET = _KEYS + _TIMES.size + WAYS * _ENTRY
 _MAGIC = b"ratchet1"
 _HEADER = 4096
 _EMPTY, _LIVE, _TAKEN = 0, 1, 2
@@ -82,10 +84,11 @@ class Table:
 
     def get(self, key: bytes) -> bytes | None:
         """The value, which counts as used now; None where there is none."""
-        for at in self._entries(key):
-            found = self._read(at, key)
+        bucket = self._bucket(key)
+        for way in self._ways(bucket, key):
+            found = self._read(bucket, way, key)
             if found is not None and found[0] == _LIVE:
-                self._map[at : at + 8] = _TIME.pack(time.time_ns())
+                _TIME.pack_into(self._map, bucket + _KEYS + 8 * way, time.time_ns())
                 return found[1]
         return None
 
@@ -107,22 +110,18 @@ class Table:
 
     def take(self, key: bytes) -> Taken:
         """Takes the oldest value of a key that nobody has taken; each is handed out once over all processes."""
-        if next(self._entries(key), None) is None:
+        bucket = self._bucket(key)
+        if next(self._ways(bucket, key), None) is None:
             return Taken(None, 0)
         with self._locked():
-            live: list[tuple[bytes, int, bytes]] = []
-            found = 0
-            for at in self._entries(key):
-                entry = self._read(at, key)
-                if entry is not None:
-                    found += 1
-                    if entry[0] == _LIVE:
-                        live.append((self._map[at : at + 8][::-1], at, entry[1]))
+            entries = [(way, entry) for way in self._ways(bucket, key) if (entry := self._read(bucket, way, key))]
+            live = [(way, value) for way, (state, value) in entries if state == _LIVE]
             if not live:
-                return Taken(None, found)
-            _, at, value = min(live)
-            self._store(at, key, _TAKEN, value)
-            return Taken(value, found)
+                return Taken(None, len(entries))
+            times = _TIMES.unpack_from(self._map, bucket + _KEYS)
+            way, value = min(live, key=lambda one: times[one[0]])
+            self._store(bucket, way, key, _TAKEN, value)
+            return Taken(value, len(entries))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -135,18 +134,18 @@ class Table:
     def _bucket(self, key: bytes) -> int:
         return _HEADER + int.from_bytes(key[:8], "little") % self._buckets * _BUCKET
 
-    def _entries(self, key: bytes) -> Iterator[int]:
-        """Where the entries of a key begin. (`in` on a copied slice is a memory search; a loop in Python isn't.)"""
-        start = self._bucket(key)
-        keys = self._map[start : start + WAYS * KEY]
+    def _ways(self, bucket: int, key: bytes) -> Iterator[int]:
+        """Where in the bucket the key stands. (A copied slice is searched as memory; a loop in Python isn't.)"""
+        keys = self._map[bucket : bucket + _KEYS]
         at = keys.find(key)
         while at >= 0:
             if at % KEY == 0:
-                yield start + WAYS * KEY + at // KEY * _ENTRY
+                yield at // KEY
             at = keys.find(key, at + 1)
 
-    def _read(self, at: int, key: bytes) -> tuple[int, bytes] | None:
-        _, crc, state, length = _HEAD.unpack_from(self._map, at)
+    def _read(self, bucket: int, way: int, key: bytes) -> tuple[int, bytes] | None:
+        at = bucket + _KEYS + _TIMES.size + way * _ENTRY
+        crc, state, length = _HEAD.unpack_from(self._map, at)
         value = self._map[at + _HEAD.size : at + _HEAD.size + length]
         if state == _EMPTY or crc != _checksum(key, state, value):
             return None
@@ -156,16 +155,17 @@ class Table:
         """Into a free entry, else over the oldest one of the bucket."""
         if len(key) != KEY or len(value) > VALUE:
             raise ValueError(f"keys are {KEY} bytes and values at most {VALUE}")
-        start = self._bucket(key)
-        first = start + WAYS * KEY
-        times = [_TIME.unpack_from(self._map, first + way * _ENTRY)[0] for way in range(WAYS)]
+        bucket = self._bucket(key)
+        times = _TIMES.unpack_from(self._map, bucket + _KEYS)
         way = times.index(min(times))
-        self._map[start + way * KEY : start + (way + 1) * KEY] = key
-        self._store(first + way * _ENTRY, key, _LIVE, value)
+        self._map[bucket + way * KEY : bucket + (way + 1) * KEY] = key
+        self._store(bucket, way, key, _LIVE, value)
 
-    def _store(self, at: int, key: bytes, state: int, value: bytes) -> None:
-        head = _HEAD.pack(time.time_ns(), _checksum(key, state, value), state, len(value))
+    def _store(self, bucket: int, way: int, key: bytes, state: int, value: bytes) -> None:
+        at = bucket + _KEYS + _TIMES.size + way * _ENTRY
+        head = _HEAD.pack(_checksum(key, state, value), state, len(value))
         self._map[at : at + _HEAD.size + len(value)] = head + value
+        _TIME.pack_into(self._map, bucket + _KEYS + 8 * way, time.time_ns())
 
 
 def _checksum(key: bytes, state: int, value: bytes) -> int:
