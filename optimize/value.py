@@ -42,7 +42,7 @@ class Ridge:
 
     Features: the words of the task, of the last message and of all messages (signed hashing, Weinberger et al. 2009,
     arXiv 0902.2206), each block of length 1; the step's number and role; and the whole input as one indicator, so that
-    states which come often are learnt exactly. `penalties` are in episodes: the largest falls back to the mean of all returns.
+    states which come often are learnt exactly. `penalties` are in episodes: the largest falls back to the mean.
     """
 
     dimensions: int = 512
