@@ -260,7 +260,8 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         if transport is None:
             return
-        if self._reusable and not self._unsent and not transport.get_write_buffer_size() and not transport.is_closing():
+        # Bytes of the request that the server has not taken would delay the next one for as long as it likes.
+        if self._reusable and not transport.get_write_buffer_size() and not transport.is_closing():
             self._served += 1
             self.used_at = self._now()
             self.resume()

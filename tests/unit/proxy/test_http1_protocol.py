@@ -1,6 +1,7 @@
 """The upstream client against slow, broken and hostile servers: what is refused, what is cut off, what never leaks."""
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -309,6 +310,41 @@ async def test_an_error_before_the_body_is_sent_is_read_and_the_rest_not_sent(mo
             response, body = await call(client, server, bytes(20 << 20))
             assert (response.status, body) == (413, b"too big")
             await until(lambda: client.connections == 0)
+
+
+@on_loops
+async def test_after_an_error_no_more_of_the_body_is_sent() -> None:
+    size = 20 << 20
+    got = 0
+
+    async def script(peer: Peer) -> None:
+        nonlocal got
+        await peer.reader.readuntil(b"\r\n\r\n")
+        await peer.send(b"HTTP/1.1 413 Too Large\r\ncontent-length: 7\r\n\r\n")
+        with contextlib.suppress(TimeoutError):
+            while True:
+                got += len(await asyncio.wait_for(peer.reader.read(1 << 20), 0.05))
+        await peer.send(b"too big")
+        await peer.gone()
+
+    async with pair(script) as (client, server):
+        assert (await call(client, server, bytes(size)))[1] == b"too big"
+        assert got < size
+        await until(lambda: client.connections == 0)
+
+
+@on_loops
+async def test_a_connection_whose_server_left_a_body_unread_is_not_used_again() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.reader.readuntil(b"\r\n\r\n")
+        await peer.send(OK)
+        await asyncio.Event().wait()
+
+    async with pair(script) as (client, server):
+        for _ in range(2):
+            assert (await call(client, server, bytes(20 << 20)))[1] == b"hi"
+            assert client.idle == 0
+        assert server.accepted == 2
 
 
 @on_loops
