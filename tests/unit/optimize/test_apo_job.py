@@ -43,8 +43,8 @@ def spec(tmp_path: Path, **changes: Any) -> ApoSpec:
         tasks="tasks.jsonl",
         command=tuple(script(tmp_path)),
         grader="exact",
-        budget=40,
-        holdout=12,
+        budget=24,
+        holdout=10,
         concurrency=2,
         timeout=20,
         cwd=str(tmp_path),
@@ -66,7 +66,7 @@ def test_an_agent_that_nobody_knows_gets_better_and_the_winner_goes_live(tmp_pat
     done = run(world, tmp_path, spec(tmp_path), on_progress=stages.append)
     assert (done.verdict, done.promoted, done.seed_template) == ("promote", True, SEED)
     assert "ONLY" in done.best_template
-    assert (done.gate.before, done.gate.after, done.gate.n) == (0.0, 1.0, 12)
+    assert (done.gate.before, done.gate.after, done.gate.n) == (0.0, 1.0, 10)
     assert [version["template"] for version in world.versions("s")] == [SEED, done.best_template]
     winner = world.versions("s")[1]
     assert (winner["job_id"], winner["parent"], winner["live"]) == (done.job_id, 1, 1.0)
@@ -86,14 +86,14 @@ def test_the_report_is_written_beside_the_data(tmp_path: Path, world: World) -> 
     assert "ONLY" in done.report.read_text()
     beside = json.loads(done.report.with_suffix(".json").read_text())
     assert beside["report"] == str(done.report)
-    assert len(beside["pairs"]) == 12
+    assert len(beside["pairs"]) == 10
 
 
 def test_the_budget_is_never_overshot(tmp_path: Path, world: World) -> None:
-    done = run(world, tmp_path, spec(tmp_path, budget=30))
+    done = run(world, tmp_path, spec(tmp_path))
     arms = Counter(event["arm"] for event in world.evaluations(done.job_id))
-    assert arms["search"] <= 30
-    assert arms["baseline"] == arms["candidate"] == 12
+    assert arms["search"] <= 24
+    assert arms["baseline"] == arms["candidate"] == 10
     assert done.rollouts == sum(arms.values())
     assert len(world.spans_) == done.rollouts + 2  # the two that showed the agent's own prompt
 
@@ -193,14 +193,9 @@ class Killed(BaseException):
     """Stands for a death that runs no handler of ours."""
 
 
-@pytest.mark.parametrize("at", [3, 17, 41, 64])
+@pytest.mark.parametrize("at", [3, 13, 27, 44])
 def test_a_job_that_died_goes_on_where_it_was_and_pays_for_nothing_twice(tmp_path: Path, world: World, at: int) -> None:
-    asked = spec(tmp_path, budget=40)
-    whole = World(model)
-    try:
-        straight = run(whole, tmp_path / "other", replace(asked, command=tuple(script(tmp_path))), job_id="job-1")
-    finally:
-        whole.close()
+    asked = spec(tmp_path)
 
     def die(stage: Stage) -> None:
         if len(world.evaluations("job-1")) >= at:
@@ -214,10 +209,11 @@ def test_a_job_that_died_goes_on_where_it_was_and_pays_for_nothing_twice(tmp_pat
     events = world.evaluations("job-1")
     keys = Counter((event["version_hash"], event["task_id"], event["replicate"]) for event in events)
     assert set(keys.values()) == {1}
-    assert Counter(event["arm"] for event in events)["search"] <= 40
-    assert len(events) >= paid
-    assert resumed.rollouts == straight.rollouts == len(events)
-    assert resumed.verdict == straight.verdict == "promote"
+    arms = Counter(event["arm"] for event in events)
+    assert arms["search"] <= 24
+    assert arms["baseline"] == arms["candidate"] == 10
+    assert resumed.rollouts == len(events) >= paid
+    assert resumed.verdict == "promote"
 
 
 def test_a_job_under_work_is_not_resumed_beside_itself(tmp_path: Path, world: World) -> None:
