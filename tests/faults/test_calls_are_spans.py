@@ -7,7 +7,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -30,13 +29,12 @@ def recorded(server: Served, expected: int, seconds: float = 30.0) -> list[list[
     """The spans, once as many as expected can be read, or all there are when that does not come about."""
     deadline = time.monotonic() + seconds
     sql = "SELECT episode_id, input_messages, span_id, status, http_status FROM spans_v"
-    with closing(server.client) as client:
-        while True:
-            client.flush()
-            rows: list[list[object]] = client.query(sql, limit=100_000)["rows"]
-            if len(rows) >= expected or time.monotonic() > deadline:
-                return rows
-            time.sleep(0.2)
+    while True:
+        server.client.flush()
+        rows: list[list[object]] = server.client.query(sql, limit=100_000)["rows"]
+        if len(rows) >= expected or time.monotonic() > deadline:
+            return rows
+        time.sleep(0.2)
 
 
 def label_of(row: Sequence[object]) -> str:
@@ -88,12 +86,11 @@ def test_killing_the_collector_loses_and_doubles_nothing(tmp_path: Path) -> None
 
 
 def answers(server: Served) -> bool:
-    with closing(server.client) as client:
-        try:
-            client.stats()
-        except RatchetError:
-            return False
-        return True
+    try:
+        server.client.stats()
+    except RatchetError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -5,7 +5,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,7 @@ def test_a_promotion_reaches_new_episodes_within_a_second(tmp_path: Path, worker
         )
         assert first < 1.0
         assert last_old < 1.0
-        with closing(server.client) as client:
-            client.flush()
-            rows = client.query("SELECT prompt_version, input_messages FROM spans_v", limit=100_000)["rows"]
+        server.client.flush()
+        rows = server.client.query("SELECT prompt_version, input_messages FROM spans_v", limit=100_000)["rows"]
         assert len(rows) == len(answers)
         assert {(version, json.loads(text)[0]["content"]) for version, text in rows} == {(1, OLD), (2, NEW)}

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from tests.served import RATCHET, Served, run_ratchet, served
 START = 60.0
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Any:
-    with FakeUpstream(Script()) as upstream, served(tmp_path / "data", upstream.url) as running:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One for the drills after which it is as before."""
+    data = tmp_path_factory.mktemp("shared") / "data"
+    with FakeUpstream(Script()) as upstream, served(data, upstream.url) as running:
         yield running
 
 
@@ -38,9 +40,8 @@ def ready(server: Served) -> bool:
 
 
 def count(server: Served, table: str) -> int:
-    with closing(server.client) as client:
-        client.flush()
-        return int(client.query(f"SELECT count(*) FROM {table}")["rows"][0][0])
+    server.client.flush()
+    return int(server.client.query(f"SELECT count(*) FROM {table}")["rows"][0][0])
 
 
 def test_the_supervisors_death_ends_its_children_within_a_second(tmp_path: Path) -> None:
@@ -60,8 +61,8 @@ def test_the_supervisors_death_ends_its_children_within_a_second(tmp_path: Path)
             print(f"\nsupervisor killed -9: its children were gone after {took:.2f} s")
             assert took < 1.0
             assert sockets and not os.path.exists(os.path.dirname(sockets[0]))
-        with served(tmp_path / "data", upstream.url) as server, closing(server.client) as client_:
-            rows = client_.query("SELECT episode_id, status FROM spans_v")["rows"]
+        with served(tmp_path / "data", upstream.url) as server:
+            rows = server.client.query("SELECT episode_id, status FROM spans_v")["rows"]
             assert rows == [["running-when-it-died", "cancelled"]]
 
 
@@ -139,7 +140,7 @@ def test_rewards_acknowledged_while_the_collector_is_dead_are_there_later_once(s
 
 
 def test_calls_are_served_while_the_collector_hangs(server: Served) -> None:
-    ask(server)
+    before = count(server, "spans_v")
     collector = processes.find(server.process.pid, "collector")[0]
     os.kill(collector, signal.SIGSTOP)
     try:
@@ -160,7 +161,7 @@ def test_calls_are_served_while_the_collector_hangs(server: Served) -> None:
     finally:
         os.kill(collector, signal.SIGCONT)
     processes.until(lambda: ready(server), 30, "the collector answers again")
-    assert count(server, "spans_v") == 102
+    assert count(server, "spans_v") == before + 101
 
 
 def test_a_second_server_on_the_same_data_is_refused_clearly(server: Served) -> None:
@@ -208,12 +209,13 @@ def test_no_child_shows_the_settings_on_its_command_line(tmp_path: Path) -> None
         assert allowed.status_code == 200
 
 
-def test_the_log_holds_no_traceback_after_a_quiet_run(server: Served) -> None:
-    ask(server)
-    with closing(server.client) as client, pytest.raises(RatchetError):
-        client.version("no-such-slot", 1)
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(timeout=30) == 0
+def test_the_log_of_a_quiet_run_is_quiet(tmp_path: Path) -> None:
+    with FakeUpstream(Script()) as upstream, served(tmp_path / "data", upstream.url) as server:
+        ask(server)
+        with pytest.raises(RatchetError):
+            server.client.version("no-such-slot", 1)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=30) == 0
     printed = server.log.read_text()
     assert "Traceback" not in printed
     assert "leaked" not in printed
