@@ -213,8 +213,8 @@ class Connection(asyncio.Protocol):
         response.status = status
         self._progress = True
         if self._headless:
-            self._whole, self._reusable = True, False
-            raise ProtocolError("no body to parse")  # the only way to tell httptools; the answer is whole
+            self._whole = True
+            raise ProtocolError("no body to parse")  # the only way to tell httptools, whose connection is spent then
 
     def on_body(self, chunk: bytes) -> None:
         """Parser: a piece of the body."""

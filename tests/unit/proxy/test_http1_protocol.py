@@ -135,6 +135,14 @@ async def test_headers_trailers_and_framing_without_end_are_cut_off(flood: tuple
 
 
 @on_loops
+async def test_framing_between_pieces_of_a_body_does_not_add_up() -> None:
+    pieces = [piece for _ in range(70) for piece in (b"2;" + b"x" * 1000, b"\r\nhi\r\n")]
+    async with pair(saying(CHUNKED, *pieces, b"0\r\n\r\n", stay=True)) as (client, server):
+        assert (await call(client, server))[1] == b"hi" * 70
+        assert client.idle == 1
+
+
+@on_loops
 async def test_an_answer_one_byte_at_a_time_is_the_same_answer() -> None:
     answer = b"HTTP/1.1 103 E\r\nL: 1\r\n\r\n" + CHUNKED[:-2] + b"A:\r\nB: c\r\n\r\n5\r\nhello\r\n0\r\nT: 1\r\n\r\n"
     async with pair(saying(*(bytes([byte]) for byte in answer), stay=True)) as (client, server):
