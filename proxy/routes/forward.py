@@ -27,12 +27,16 @@ class Forward:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        # Seconds without a byte: longer than any poll or query takes, so that only a collector that hangs gets there.
+        self._patience = context.settings.store.query_timeout + 30
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward one request. Raises Unavailable while the collector is down, before anything was answered."""
         headers = headers_of(scope)
         self._context.guard.authorise(headers, "admin")
         body = await limits.read_body(receive, headers.get(b"content-length"), self._context.body_limit)
+        if scope["path"].endswith("/api/flush"):
+            self._context.journal.seal()  # what is asked for is mostly here: no need to wait until it is due
         try:
             with HangUp(receive):
                 await self._forward(scope, body, send)
@@ -70,5 +74,5 @@ class Forward:
             headers=sent,
             allow_redirects=False,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=self._patience),
         )
