@@ -244,6 +244,8 @@ def holdout(result: dict[str, Any]) -> dict[str, Any]:
     from optimize.gate import decide
 
     pairs = result["pairs"]
+    if not pairs:  # nothing was better enough in the search to be held against the held-out countries
+        return {"n": 0, **dict.fromkeys(("before", "after", "diff", "p_value")), "ci95": [None, None]}
     before = [float(pair["before"] >= 1.0) for pair in pairs]
     after = [float(pair["after"] >= 1.0) for pair in pairs]
     verdict = decide(before, after, alpha=result["holdout"]["alpha"], candidates_tried=1)
@@ -272,11 +274,13 @@ def counts(stage: Stage, client: Remote) -> dict[str, int]:
 def show(report: dict[str, Any], result: dict[str, Any], stage: Stage) -> None:
     """The closing table, the prompts side by side, and where to look next."""
     found = report["holdout"]
-    low, high = found["ci95"]
     table = Table("", "before", "after", "difference", "95% interval", title=f"Held-out countries: {found['n']}")
-    row = [f"{found[key]:.2f}" for key in ("before", "after")]
-    table.add_row("exact answers", *row, f"{found['diff']:+.2f}", f"{low:+.2f} to {high:+.2f}")
+    if found["n"]:
+        low, high = found["ci95"]
+        row = [f"{found[key]:.2f}" for key in ("before", "after")]
+        table.add_row("exact answers", *row, f"{found['diff']:+.2f}", f"{low:+.2f} to {high:+.2f}")
     console.print(table)
+    console.print(result["reason"])
     console.print(
         f"{report['calls']} calls, {report['spans']} spans, {report['rewards']} rewards, "
         f"{report['seconds']['total']:.0f} s in all; new version live after {report['swap_seconds'] or 0:.2f} s"
