@@ -260,14 +260,15 @@ def holdout(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def counts(stage: Stage, client: Remote) -> dict[str, int]:
-    """Calls as the upstream counted them (somebody else's upstream: as the proxy sent them), and what is stored."""
+    """Calls as our engine counted them (another upstream's: as the proxy's metrics did), and what is stored."""
     import httpx
 
     stored = client.query("select (select count(*) from spans_v), (select count(*) from rewards_v)")["rows"][0]
     if stage.engine == "local":
         calls = httpx.get(str(stage.upstream).removesuffix("/v1") + "/healthz").json()["requests"]
     else:
-        calls = client.stats()["upstream_calls"]
+        samples = re.findall(r"^ratchet_calls_total\{.*\} (\S+)$", httpx.get(f"{stage.url}/metrics").text, re.MULTILINE)
+        calls = sum(map(float, samples))
     return {"calls": int(calls), "spans": int(stored[0]), "rewards": int(stored[1])}
 
 
