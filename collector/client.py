@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -11,7 +11,9 @@ import orjson
 
 from collector import bodies, settings
 from collector.errors import BadInput, Conflict, NotFound, QueryError, RatchetError, Unavailable
-from collector.service import Collector
+
+if TYPE_CHECKING:
+    from collector.service import Collector
 
 R = TypeVar("R")
 _PROBE_SECONDS = 1.0
@@ -308,13 +310,16 @@ class Local:
         if data_dir is not None:
             store = config.store.model_copy(update={"data_dir": Path(data_dir)})
             config = config.model_copy(update={"store": store})
+        # Imported here: the command line mostly speaks to a server, and starts faster without DuckDB.
+        from collector.service import Collector
+
         self.collector = Collector(config, background=False)
 
     def close(self) -> None:
         """Load what is left and release the directory."""
         self.collector.close()
 
-    def _read(self, ask: Callable[[Collector], R]) -> R:
+    def _read(self, ask: "Callable[[Collector], R]") -> R:
         self.collector.flush()
         return ask(self.collector)
 
