@@ -57,10 +57,6 @@ class Adapters:
             self._hooked.add(module)
         self._pairs[name] = pairs
 
-    def unload(self, name: str) -> None:
-        """Drop an adapter that no row uses any more."""
-        del self._pairs[name]
-
     def route(self, segments: Sequence[Segment]) -> None:
         """Say which tokens of the next step belong to which adapter."""
         self._spans, at = [], 0

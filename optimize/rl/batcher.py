@@ -82,8 +82,6 @@ class Batcher:
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
-        self.steps = 0
-        self.tokens = 0
 
     def start(self) -> None:
         """Start the thread."""
@@ -171,7 +169,6 @@ class Batcher:
         return max(ahead, default=0) - self._prefixes.longest(row.adapter, row.prompt)[1] >= WORTH
 
     def _advance(self, segments: list[tuple[Row, Segment]], logits: torch.Tensor) -> None:
-        self.steps += 1
         wanted = iter(logits)
         for row, segment in segments:
             prefilled = row.prefilling
@@ -184,7 +181,6 @@ class Batcher:
 
     def _deliver(self, row: Row, picked: Picked) -> None:
         row.ids.append(picked.token)
-        self.tokens += 1
         text, finish = self._text(row, picked.token)
         if finish is not None:
             self._active.remove(row)

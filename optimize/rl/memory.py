@@ -104,8 +104,3 @@ class Prefixes:
         self.nbytes += kept.nbytes
         while self.nbytes > self.max_bytes and self._kept:
             self.nbytes -= self._kept.popitem(last=False)[1].nbytes
-
-    def forget(self, adapter: str | None) -> None:
-        """Drop what was computed with an adapter."""
-        for key in [key for key in self._kept if key[0] == adapter]:
-            self.nbytes -= self._kept.pop(key).nbytes
