@@ -1,5 +1,6 @@
 """`ratchet serve`: the flags, the block that says how to use it, and what went wrong where it can't start."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +37,7 @@ def serve(
         "upstream.default": upstream,
     }
     settings = load(config, flags)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if parent_fd is not None:
         follow(parent_fd)
     raise typer.Exit(supervise(settings, lambda url: announce(settings, url)))
@@ -43,8 +45,6 @@ def serve(
 
 def announce(settings: "Settings", url: str) -> None:
     """Print the one block that a user needs: where to point the agent, and what this server is set to."""
-    from rich.table import Table
-
     from collector.console import console
 
     keys = len(settings.server.keys)
@@ -55,8 +55,6 @@ def announce(settings: "Settings", url: str) -> None:
         "keys": f"on ({keys})" if keys else "off (this machine only)",
         "workers": str(settings.server.workers),
     }
-    table = Table.grid(padding=(0, 2))
-    for name, value in rows.items():
-        table.add_row(f"  {name}", value)
     console.print("[bold]Ratchet serves.[/bold] Point your agent at it; Ctrl-C ends it.")
-    console.print(table, soft_wrap=True)
+    for name, value in rows.items():
+        console.print(f"  {name:<16} {value}", markup=False, highlight=False, soft_wrap=True)

@@ -220,6 +220,7 @@ class Supervisor:
             log.warning("still starting after %.0f s: the journal may be long; calls are served meanwhile", START)
 
     async def _end(self) -> None:
+        log.info("ending: running calls get up to %.0f s; ask again (Ctrl-C) to end at once", DRAIN)
         self._listener.close()  # with the workers' copies closed too, new connections are refused at once
         forced = asyncio.create_task(self._forced.wait())
         orderly = asyncio.create_task(self._stop_in_order())

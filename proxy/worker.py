@@ -22,7 +22,7 @@ import orjson
 import uvicorn
 
 from collector.errors import RatchetError
-from collector.journal import Journal
+from collector.journal import FOLDER, Journal
 from collector.lifeline import follow
 from collector.settings import Settings
 
@@ -35,6 +35,7 @@ log = logging.getLogger("ratchet.worker")
 
 DRAIN = 30  # seconds that running calls get after SIGTERM
 ORPHANED = 0.5  # seconds to end in after the supervisor's death, whatever is running
+KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, so that none is closed under a request
 CANCEL = 2.0  # seconds that cancelled calls get to write their record
 PATIENCE = {True: 15.0, False: 1.0}  # seconds to wait for the first deployments: at the server's start, at a restart
 
@@ -99,7 +100,7 @@ async def serve(spec: Spec, ready: Any) -> None:
     upstream = Upstream(settings)
     versions = Versions(link.snapshot, data_dir / "deployments.json", link.candidate)
     versions.load_cache()
-    journal = Journal(data_dir / "journal", f"worker{spec.index}")
+    journal = Journal(data_dir / FOLDER, f"worker{spec.index}")
     with _table(data_dir, spec.runtime) as table, socket.socket(fileno=spec.listen_fd) as listener:
         guard = Guard(settings.server)
         context = Context(settings, journal, versions, upstream, link, guard, spec.runtime, spec.index)
@@ -151,6 +152,7 @@ def _config(app: Any, context: "Context") -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         backlog=2048,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=DRAIN,
         callback_notify=each_second,
         timeout_notify=1,

@@ -217,5 +217,7 @@ def test_the_log_of_a_quiet_run_is_quiet(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=30) == 0
     printed = server.log.read_text()
+    assert f"OPENAI_BASE_URL  {server.url}/v1" in printed
+    assert str(tmp_path / "data") in printed and upstream.url in printed
     assert "Traceback" not in printed
     assert "leaked" not in printed
