@@ -212,6 +212,16 @@ async def test_an_idle_connection_that_ends_or_speaks_up_leaves_the_pool() -> No
 
 
 @on_loops
+async def test_a_connection_that_is_just_being_closed_is_not_picked() -> None:
+    async with pair(answering(OK)) as (client, server):
+        await call(client, server)
+        (connection,) = client._live
+        connection.close()
+        response, _ = await call(client, server)
+        assert (response.retried, server.accepted) == (False, 2)
+
+
+@on_loops
 @pytest.mark.parametrize("extra", [b"HTTP/1.1 200 OK\r\n", b"x", b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"])
 async def test_bytes_behind_an_answer_are_never_taken_for_the_next_one(extra: bytes) -> None:
     async with pair(saying(OK + extra, stay=True)) as (client, server):
