@@ -12,11 +12,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from collector import maintenance, settings
+from collector import settings
 from collector.client import Client, open_client
 from collector.console import command, console, emit_json
 from collector.errors import BadInput, ConfigError
-from collector.service import JOURNAL
+from collector.journal import FOLDER
 
 Url = Annotated[
     str | None, typer.Option("--url", help="Server to ask; RATCHET_URL, else the one of the data directory.")
@@ -303,7 +303,9 @@ def query(
 @command
 def store_verify(url: Url = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """Check every line of the journal, and that the store holds exactly what they say. Exit 1 when it does not."""
-    directory = _settings(None, data_dir).store.data_dir / JOURNAL
+    from collector import maintenance  # DuckDB: only the commands that need it wait for it
+
+    directory = _settings(None, data_dir).store.data_dir / FOLDER
     with connect(url, data_dir) as client:
         report = maintenance.verify(directory, client)
     if as_json:
@@ -332,6 +334,8 @@ def store_rebuild(
     as_json: AsJson = False,
 ) -> None:
     """Make the store anew from the journal. Refused while a server runs."""
+    from collector import maintenance
+
     content = maintenance.rebuild(_settings(config, data_dir))
     if as_json:
         emit_json({name: {"rows": count, "hash": f"{digest:x}"} for name, (count, digest) in content.items()})

@@ -396,7 +396,7 @@ class Local:
 
     def jobs(self) -> list[dict[str, Any]]:
         """See Client."""
-        return self._read(Collector.jobs)
+        return self._read(lambda collector: collector.jobs())
 
     def job(self, job_id: str) -> dict[str, Any]:
         """See Client."""
@@ -420,7 +420,7 @@ class Local:
 
     def stats(self) -> dict[str, Any]:
         """See Client."""
-        return self._read(Collector.stats)
+        return self._read(lambda collector: collector.stats())
 
 
 def open_client(

@@ -25,6 +25,7 @@ import orjson
 
 from collector.errors import Unavailable
 
+FOLDER = "journal"  # in the data directory
 OPEN = ".open"
 SEALED = ".ndjson"
 EVENTS = ("span", "reward", "version", "candidate", "deployment", "evaluation", "job")

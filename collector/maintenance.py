@@ -9,7 +9,7 @@ from collector import journal
 from collector.client import Client
 from collector.errors import Unavailable
 from collector.loader import QUARANTINE, Loader, kind, sift
-from collector.service import DATABASE, JOURNAL, DirectoryLock
+from collector.service import DATABASE, DirectoryLock
 from collector.settings import Settings
 from collector.store import Store
 
@@ -98,7 +98,7 @@ def rebuild(settings: Settings) -> Mapping[str, tuple[int, int]]:
     journal could not be read to its end; then the old one stays.
     """
     data_dir = settings.store.data_dir
-    directory = data_dir / JOURNAL
+    directory = data_dir / journal.FOLDER
     lock = DirectoryLock(data_dir)
     try:
         directory.mkdir(mode=0o700, exist_ok=True)

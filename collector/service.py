@@ -27,7 +27,7 @@ from collector.store import Store
 
 LOCK_FILE = "collector.lock"
 DATABASE = "ratchet.duckdb"
-JOURNAL = "journal"
+
 SNAPSHOT = "deployments.json"
 MAX_PAGE = 500
 _TICK_SECONDS = 0.2
@@ -75,7 +75,7 @@ class Collector:
         with contextlib.ExitStack() as undo:
             lock = DirectoryLock(self.data_dir)
             undo.callback(lock.release)
-            directory = self.data_dir / JOURNAL
+            directory = self.data_dir / journal.FOLDER
             directory.mkdir(mode=0o700, exist_ok=True)
             self.store = Store(self.data_dir / DATABASE, directory, settings.store, settings.rewards.weights)
             undo.callback(self.store.close)
@@ -137,7 +137,7 @@ class Collector:
     def _waiting(self) -> set[str]:
         """Names of segments with lines that are not loaded, sealed or not."""
         found: set[str] = set()
-        with os.scandir(self.data_dir / JOURNAL) as entries:
+        with os.scandir(self.data_dir / journal.FOLDER) as entries:
             for entry in entries:
                 name, dot, suffix = entry.name.rpartition(".")
                 if dot + suffix in (journal.OPEN, journal.SEALED) and not self.loader.is_loaded(name):
