@@ -168,9 +168,9 @@ def _obey(server: Server, context: "Context", alive_fd: int, runtime: Path) -> N
         server.drain()
 
     def orphaned() -> None:
+        shutil.rmtree(runtime, ignore_errors=True)  # nobody else is left to do it
         with contextlib.suppress(RuntimeError):  # the loop has ended already
             loop.call_soon_threadsafe(server.abandon)
-        shutil.rmtree(runtime, ignore_errors=True)  # nobody else is left to do it
         time.sleep(ORPHANED)
         os._exit(1)
 
