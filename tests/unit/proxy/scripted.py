@@ -106,6 +106,33 @@ class Server:
             self.tasks.discard(task)
 
 
+class Wire(asyncio.Transport):
+    """A transport that goes nowhere and remembers whether it was closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def abort(self) -> None:
+        self.closed = True
+
+    close = abort
+
+    def pause_reading(self) -> None:
+        pass
+
+    resume_reading = pause_reading
+
+
 def answering(*answers: bytes) -> Script:
     """Answers the n-th request of a connection with the n-th of `answers`, the last one again and again."""
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from proxy.http1_errors import TransportError
 from proxy.http1_protocol import Connection
 from proxy.http1_response import Header, Response
-from tests.unit.proxy.scripted import Peer, call, pair, run
+from tests.unit.proxy.scripted import Peer, Wire, call, pair, run
 
 NAMES = st.text("abcdefgXYZ-_09", min_size=1, max_size=12).map(lambda text: b"h" + text.encode())
 VALUES = st.text(st.characters(min_codepoint=0x21, max_codepoint=0xFF, exclude_characters="\x7f"), max_size=20).map(
@@ -42,33 +42,6 @@ WORDS += [
     b"\n",
     b"ff",
 ]
-
-
-class Wire(asyncio.Transport):
-    """A transport that goes nowhere and remembers whether it was closed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.closed = False
-
-    def write(self, data: Any) -> None:
-        pass
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def abort(self) -> None:
-        self.closed = True
-
-    close = abort
-
-    def pause_reading(self) -> None:
-        pass
-
-    resume_reading = pause_reading
 
 
 class Line:
