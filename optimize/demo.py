@@ -208,7 +208,7 @@ def learn(stage: Stage, budget: int, seed: int) -> dict[str, Any]:
     traffic = stage.data / "traffic.jsonl"
     traffic.write_text("".join(json.dumps(task.data) + "\n" for task in search[:TRAFFIC]))
     agent = ["--", sys.executable, str(stage.example / "agent.py")]
-    graded = ["--grader", "python:examples.capital_city.grader.grade", "--url", stage.url, "--json"]
+    graded = ["--grader", "python:examples.capital_city.grader.grade", "--url", stage.url, "--concurrency", "8", "--json"]
     with stage.timed("collect"):
         ours(stage, "run", "--tasks", str(traffic), *graded, *agent)
     how = ["--slot", SLOT, "--holdout", str(HELD_OUT), "--budget", str(budget), "--seed", str(seed)]
