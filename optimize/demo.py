@@ -30,7 +30,7 @@ from collector.settings import DEFAULT_URL
 SLOT = "capital"
 LOCAL_MODEL = "gemma-3-270m"
 HELD_OUT = 64  # held-out countries: enough to prove a gain of 0.25 in exact answers
-TRAFFIC = 60  # countries that the agent is asked for before anything is learned
+TRAFFIC = 48  # countries that the agent is asked for before anything is learned
 START_SECONDS = 120.0
 OPENAI = "https://api.openai.com/v1"
 
@@ -325,7 +325,7 @@ def demo(
     upstream_url: Annotated[str | None, typer.Option("--upstream", help="An OpenAI-compatible URL to use.")] = None,
     model: Annotated[str | None, typer.Option(help="The model to ask for at --upstream.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where to keep this run.")] = None,
-    budget: Annotated[int, typer.Option(min=20, help="Rollouts that the search may spend.")] = 120,
+    budget: Annotated[int, typer.Option(min=20, help="Rollouts that the search may spend.")] = 80,
     seed: Annotated[int, typer.Option(help="Of the split and the search.")] = 0,
 ) -> None:
     """Watch an unmodified agent get better at naming capitals; exit 1 when the gate finds no proven gain."""
