@@ -30,13 +30,15 @@ class Key(Section):
 
     name: str
     key: str | None = None
-    key_sha256: str | None = None
+    key_sha256: str | None = Field(default=None, pattern="^[0-9a-fA-F]{64}$")
     scopes: frozenset[Literal["agent", "reward", "admin"]] = frozenset({"agent"})
 
     @model_validator(mode="after")
     def _one_of(self) -> "Key":
         if (self.key is None) == (self.key_sha256 is None):
             raise ValueError("give exactly one of `key` and `key_sha256`")
+        if self.key is not None and not self.key.strip():
+            raise ValueError("`key` is empty: whoever sends none would have it")
         return self
 
 

@@ -45,8 +45,8 @@ class Guard:
 
     def _look_up(self, given: bytes) -> Key | None:
         """Compares digests, so that timing tells nothing about a key. Only good headers are remembered, and few."""
-        token = given[7:] if given[:7].lower() == b"bearer " else given
-        key = self._keys.get(sha256(token.strip()).hexdigest())
+        token = (given[7:] if given[:7].lower() == b"bearer " else given).strip()
+        key = self._keys.get(sha256(token).hexdigest()) if token else None
         if key is not None and len(self._seen) < _REMEMBERED:
             self._seen[given] = key
         return key

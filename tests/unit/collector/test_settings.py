@@ -40,6 +40,8 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
         ({"server": {"port": 70000}}, "server.port", "65535"),
         ({"server": {"host": "0.0.0.0"}}, None, "needs at least one key"),
         ({"server": {"keys": [{"name": "a"}]}}, "server.keys.0", "exactly one"),
+        ({"server": {"keys": [{"name": "a", "key": " "}]}}, "server.keys.0", "empty"),
+        ({"server": {"keys": [{"name": "a", "key_sha256": "ab"}]}}, "server.keys.0.key_sha256", "pattern"),
         ({"upstream": {"default": "api.openai.com"}}, "upstream.default", "http://"),
         ({"model_list": [{"model_name": "a", "litellm_params": {}}]}, "model_list.0.litellm_params", "`model`"),
         ({"server": {"host": "os.environ/NOT_SET"}}, "server.host", "NOT_SET is not set"),

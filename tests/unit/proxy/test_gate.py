@@ -69,6 +69,13 @@ def test_keys_are_checked_with_their_scopes() -> None:
     assert guard().authorise({}, "admin") is None
 
 
+@pytest.mark.parametrize("given", [{}, {b"authorization": b""}, {b"authorization": b"Bearer "}, {b"x-api-key": b" "}])
+def test_no_key_is_never_a_key(given: dict[bytes, bytes]) -> None:
+    of_nothing = {"name": "unset", "key_sha256": sha256(b"").hexdigest(), "scopes": ["admin"]}
+    with pytest.raises(Unauthorized):
+        guard(keys=[of_nothing]).authorise(given, "agent")
+
+
 def test_only_good_headers_are_remembered() -> None:
     keyed = guard(keys=KEYS)
     for n in range(100):
