@@ -133,6 +133,7 @@ class Versions:
         self._fetch = fetch
         self._fetch_candidate = candidates
         self._cache = cache
+        self._from_cache = False  # until the collector's own word, which counts even where it is older
         self._changed = asyncio.Event()
         self._candidates: OrderedDict[tuple[str, str], str] = OrderedDict()
 
@@ -144,6 +145,8 @@ class Versions:
             return
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("the cached deployments can't be used: %s", error)
+            return
+        self._from_cache = True
 
     async def watch(self) -> None:
         """Polls for ever. While the collector is away the last snapshot stays in force."""
@@ -155,6 +158,8 @@ class Versions:
                 await self._adopt(raw)
                 after = self.current.revision
                 delay = 0.05
+                if raw["revision"] < after:  # answered at once, and so would be the next poll
+                    await asyncio.sleep(1.0)
             except Exception as error:  # noqa: BLE001 - boundary: whatever one poll raises, the next one may succeed
                 log.info("deployments can't be fetched, trying again in %.2f s: %s", delay, error)
                 await asyncio.sleep(delay)
@@ -199,7 +204,9 @@ class Versions:
 
     async def _adopt(self, raw: dict[str, Any]) -> None:
         snapshot = build(raw)
-        if snapshot.revision < self.current.revision or snapshot == self.current:
+        older = snapshot.revision < self.current.revision and not self._from_cache
+        self._from_cache = False
+        if older or snapshot == self.current:
             return
         self.current = snapshot
         self._changed.set()

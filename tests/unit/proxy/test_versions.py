@@ -155,6 +155,43 @@ def test_a_worker_boots_from_the_cache(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cache.json"]
 
 
+def test_the_collectors_word_counts_more_than_a_newer_cache(tmp_path: Path) -> None:
+    """As after the journal was restored from a backup, or taken away: what it doesn't know isn't served."""
+    ahead, behind = registry("a", "b"), registry("a")
+    ahead.promote("s", {"2": 1.0})
+    (tmp_path / "cache.json").write_bytes(orjson.dumps(ahead.snapshot()))
+
+    async def scenario() -> None:
+        versions = Versions(behind.fetch, tmp_path / "cache.json")
+        versions.load_cache()
+        assert versions.current.revision == 2
+        await versions.refresh()
+        assert versions.current == build(behind.snapshot())
+
+    asyncio.run(scenario())
+
+
+def test_polls_do_not_spin_while_the_collector_is_behind(tmp_path: Path) -> None:
+    ahead, behind = registry("a", "b"), registry("a")
+    ahead.promote("s", {"2": 1.0})
+    asked = 0
+
+    async def fetch(after: int | None, seconds: float) -> dict[str, Any]:
+        nonlocal asked
+        asked += 1
+        return ahead.snapshot() if asked == 1 else behind.snapshot()
+
+    async def scenario() -> None:
+        versions = Versions(fetch, tmp_path / "cache.json")
+        watch = asyncio.ensure_future(versions.watch())
+        await versions.reach(2, 5)
+        await asyncio.sleep(0.2)
+        watch.cancel()
+        assert asked <= 3
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b'{"revision": 1, "slots": {"s": {}}, "log": []}', b"7"])
 def test_an_unsound_cache_is_passed_over(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "cache.json").write_bytes(content)
