@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,12 @@ class AgentEvaluator:
         """The journalled rollouts of this very job."""
         paid = await self._known()
         return [event for event in paid.values() if event["job_id"] == self._job]
+
+    async def tried_on(self, tasks: Collection[str]) -> set[str]:
+        """Hashes of the candidates that any job held against one of these tasks: each was a chance to be lucky."""
+        paid = await self._known()
+        held = (event for event in paid.values() if event["arm"] == "candidate" and event["task_id"] in tasks)
+        return {event["version_hash"] for event in held}
 
     async def _pay(self, requests: Sequence[Request]) -> list[Outcome]:
         rollouts: dict[int, Rollout] = {}

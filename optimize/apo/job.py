@@ -25,7 +25,7 @@ from optimize.apo.replay import ProposalLog, row_of
 from optimize.apo.result import ApoResult, HeldOut, write_report
 from optimize.apo.spec import CANARY_SHARE, ApoSpec, check
 from optimize.budget import Budget
-from optimize.evaluate import AgentEvaluator, context_hash
+from optimize.evaluate import AgentEvaluator, context_hash, version_hash
 from optimize.evaluation import Outcome, Request
 from optimize.gate import Verdict, decide
 from optimize.grade import check_tasks, grader
@@ -150,10 +150,13 @@ class _Work:
         gate: Verdict | None = None
         if found.changed:
             pairs = await self._hold(origin.template, found.best_template)
+            # Every candidate that these tasks have seen counts, whichever job brought it: held-out data wears out.
+            tried = await self.evaluator.tried_on({task.id for task in self.held})
             gate = decide(
                 [pair.before for pair in pairs],
                 [pair.after for pair in pairs],
                 alpha=self.settings.gate.alpha,
+                candidates_tried=len(tried | {version_hash(found.best_template)}),
                 min_samples=self.settings.gate.min_samples,
                 seed=self.spec.seed,
             )

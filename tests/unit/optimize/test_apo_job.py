@@ -230,6 +230,19 @@ def test_a_second_job_pays_only_for_what_the_first_did_not_try(tmp_path: Path, w
     assert second.verdict == "promote"
 
 
+def test_every_candidate_that_the_held_out_tasks_have_seen_counts(tmp_path: Path, world: World) -> None:
+    world.add_version("s", kind="prompt", template=SEED)
+    first = run(world, tmp_path, spec(tmp_path, promote="never"))
+    assert first.gate is not None
+    assert first.gate.candidates_tried == 1
+    seen = next(event for event in world.evaluations() if event["arm"] == "candidate")
+    world.events([{**seen, "version_hash": "another00000", "evaluation_id": "ev-another.job-0", "job_id": "job-0"}])
+    second = run(world, tmp_path, spec(tmp_path, promote="never"))
+    assert second.gate is not None
+    seen_now = {event["version_hash"] for event in world.evaluations() if event["arm"] == "candidate"}
+    assert second.gate.candidates_tried == len(seen_now) >= 2
+
+
 def test_a_spec_survives_the_store_and_a_changed_task_file_is_refused(tmp_path: Path) -> None:
     asked = spec(tmp_path)
     asked = replace(asked, tasks_sha256=file_sha256(tmp_path / "tasks.jsonl"))
