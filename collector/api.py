@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from collector import bodies
+from collector import bodies, rewards
 from collector.errors import BadInput, RatchetError
 from collector.results import ARROW
 from collector.service import MAX_PAGE, Collector
@@ -158,7 +158,7 @@ writing = APIRouter(tags=["writing"])
 @writing.post("/reward", status_code=202)
 async def reward(collector: Service, request: Request) -> Response:
     """One reward or an array of them; answered once on disk."""
-    return json_response(await run_in_threadpool(collector.reward, await _body(request)), 202)
+    return json_response(await run_in_threadpool(collector.reward, rewards.read(await request.body())), 202)
 
 
 @writing.post("/api/events", status_code=202)

@@ -12,9 +12,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Body(BaseModel):
-    """A body that knows no other keys than its own."""
+    """A body that knows no other keys than its own, and takes no `true` or "2" for a number."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), strict=True)
 
 
 class VersionBody(Body):

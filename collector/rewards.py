@@ -1,11 +1,15 @@
 """Rewards: what `POST /reward` accepts, and how several of them become one number."""
 
+import contextlib
 import hashlib
+import json
 import math
 import secrets
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, get_args
+
+import orjson
 
 from collector import redact
 from collector.errors import BadInput
@@ -14,6 +18,7 @@ from collector.model import Reward, RewardSource, TargetKind
 TARGETS: tuple[TargetKind, ...] = get_args(TargetKind)
 SOURCES: tuple[RewardSource, ...] = get_args(RewardSource)
 MAX_ITEMS = 10_000
+_LENIENT_BYTES = 1 << 20
 # Longest strings, in characters.
 LENGTHS = {
     "episode_id": 256,
@@ -27,6 +32,18 @@ LENGTHS = {
 }
 FIELDS = (*LENGTHS, "value", "source", "timestamp")
 _LATEST_SECONDS = 32_503_680_000  # the year 3000: larger numbers are milliseconds by mistake
+
+
+def read(raw: bytes) -> Any:
+    """The JSON of a request body. NaN and infinities, which JSON lacks but clients write, are read as such, so that
+    `parse` can name their field. Raises BadInput."""
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        if len(raw) <= _LENIENT_BYTES:
+            with contextlib.suppress(ValueError, RecursionError):
+                return json.loads(raw.decode())
+        raise BadInput(f"the body is not JSON: {error}", param="body") from None
 
 
 def parse(body: Any, now_ns: int) -> list[Reward]:

@@ -3,12 +3,10 @@
 import asyncio
 import time
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
 from collector import rewards
-from collector.errors import BadInput
 from proxy import limits
 from proxy.routes.base import Context, headers_of, json_response
 
@@ -20,10 +18,7 @@ async def post(context: Context, request: Request) -> Response:
     """
     declared = headers_of(request.scope).get(b"content-length")
     raw = await limits.read_body(request.receive, declared, context.body_limit)
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise BadInput(f"the body is not JSON: {error}", param="body") from None
+    body = rewards.read(raw)
     parsed = rewards.parse(body, time.time_ns())
     await asyncio.gather(*(asyncio.wrap_future(context.journal.append_durable("reward", one)) for one in parsed))
     ids = [{"reward_id": one.reward_id} for one in parsed]

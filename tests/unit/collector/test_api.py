@@ -67,7 +67,9 @@ def test_candidates(http: httpx.Client) -> None:
         ("POST", "/api/slots/a/versions", {"template": "x", "match": {"role": "judge"}}, 422, "match.role"),
         ("POST", "/api/slots/none/promote", {"version": 1}, 404, "slot"),
         ("POST", "/api/slots/none/promote", {"version": "x"}, 422, "version"),
+        ("POST", "/api/slots/none/promote", {"version": True}, 422, "version"),
         ("POST", "/api/slots/none/promote", {"version": 1, "traffic": 0}, 422, "traffic"),
+        ("POST", "/api/slots/none/promote", {"version": 1, "traffic": True}, 422, "traffic"),
         ("POST", "/api/slots/none/candidates", {}, 422, "template"),
         ("GET", "/api/episodes?limit=501", None, 422, "limit"),
         ("GET", "/api/episodes?status=odd", None, 422, "status"),
@@ -97,6 +99,11 @@ def test_mistakes_are_answered_in_the_envelope(
 def test_what_is_not_json_is_told_so(http: httpx.Client, path: str) -> None:
     answer = http.post(path, content=b'{"value": NaN', headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "body")
+
+
+def test_a_reward_that_is_no_number_names_its_field(http: httpx.Client) -> None:
+    answer = http.post("/reward", content=b'{"episode_id": "e", "value": NaN}')
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "value")
 
 
 def test_bodies_are_bounded(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:

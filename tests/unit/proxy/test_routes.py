@@ -136,7 +136,12 @@ def test_an_array_of_rewards_answers_an_array(tmp_path: Path) -> None:
         (b'{"episode_id": "e"}', "value"),
         (b'{"episode_id": "e", "value": "1"}', "value"),
         (b'[{"episode_id": "e", "value": 1}, {"value": 1}]', "[1].episode_id"),
+        (b'{"episode_id": "e", "value": NaN}', "value"),
+        (b'[{"episode_id": "e", "value": -Infinity}]', "[0].value"),
+        (b'{"episode_id": "e", "value": 1e999}', "value"),
         (b"not json", "body"),
+        (b"[" * 100_000, "body"),
+        ('{"episode_id": "e", "value": 1}'.encode("utf-16"), "body"),
         (b"[]", "body"),
     ],
 )
