@@ -305,9 +305,11 @@ def store_verify(url: Url = None, data_dir: DataDir = None, as_json: AsJson = Fa
     """Check every line of the journal, and that the store holds exactly what they say. Exit 1 when it does not."""
     from collector import maintenance  # DuckDB: only the commands that need it wait for it
 
-    directory = _settings(None, data_dir).store.data_dir / FOLDER
     with connect(url, data_dir) as client:
-        report = maintenance.verify(directory, client)
+        where = Path(client.stats()["data_dir"])  # the server's own, whatever this command's default is
+        if not (where / FOLDER).is_dir():
+            raise BadInput(f"the journal {where / FOLDER} is not on this machine; verify it there", param="url")
+        report = maintenance.verify(where / FOLDER, client)
     if as_json:
         emit_json({**asdict(report), "ok": report.ok})
     else:

@@ -150,6 +150,15 @@ def test_a_store_that_differs_is_not_done(run: Run, tmp_path: Path) -> None:
     assert segment.stem in result.output
 
 
+def test_verify_reads_the_journal_of_the_server_it_asks(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RATCHET_DATA_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(cli, "open_client", lambda url, data_dir: Local(tmp_path, settings(tmp_path)))
+    report = read(run("store", "verify", "--url", "http://server", "--json"))
+    assert (report["ok"], report["journal"]["span"]) == (True, 2)
+
+
 def test_empty_stores_say_what_to_do(tmp_path: Path, run: Run) -> None:
     empty = str(tmp_path / "empty")
     assert "OPENAI_BASE_URL" in run("episodes", "list", "--data-dir", empty).output
