@@ -21,7 +21,7 @@ from collector.client import Remote
 from collector.console import command, console, emit_json, stderr
 from collector.errors import BadInput
 from optimize.connect import connect
-from optimize.dataset import load_tasks
+from optimize.dataset import load_tasks, split
 from optimize.grade import KNOWN, check_tasks, grader
 from optimize.jobs import cancel, decoded
 from optimize.runner import Plan, Rollout, Runner
@@ -129,7 +129,10 @@ def _pin(client: Remote, slot: str | None, version: int | None) -> str | None:
             raise BadInput("--version needs --slot", param="version")
         return None
     if version is None:
-        live = max(client.versions(slot), key=lambda found: (found["live"], found["version"]))
+        versions = client.versions(slot)
+        if not versions:
+            raise BadInput(f"the slot {slot} has no version yet, only candidates", param="slot")
+        live = max(versions, key=lambda found: (found["live"], found["version"]))
         return f"{slot}@{live['version']}"
     client.version(slot, version)
     return f"{slot}@{version}"
@@ -203,14 +206,15 @@ def apo(
     """
     from optimize.apo.spec import ApoSpec, check, file_sha256
 
-    load_tasks(tasks)
+    held_out = _holdout(holdout)
+    split(load_tasks(tasks), held_out, seed)
     spec = ApoSpec(
         slot=slot,
         tasks=str(tasks),
         command=tuple(agent),
         grader=grade,
         budget=budget,
-        holdout=_holdout(holdout),
+        holdout=held_out,
         seed=seed,
         engine=engine,
         promote=promote,  # type: ignore[arg-type]  # checked next

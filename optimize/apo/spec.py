@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from collector.errors import BadInput
+from collector.registry import check_slot_name
 from optimize.dataset import Task, load_tasks, split
 
 Promote = Literal["auto", "canary", "never"]
@@ -66,6 +67,7 @@ def file_sha256(path: Path) -> str:
 
 def check(spec: ApoSpec) -> None:
     """Raise BadInput for what can be seen to be wrong before anything runs."""
+    check_slot_name(spec.slot)
     if spec.engine != "factorial":
         raise BadInput(f"there is no engine {spec.engine!r}; there is: factorial", param="engine")
     if spec.promote not in ("auto", "canary", "never"):

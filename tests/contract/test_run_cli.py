@@ -112,11 +112,15 @@ def test_an_agents_own_reward_counts(server: Served, tmp_path: Path) -> None:
         (["run", "--tasks", "tasks.jsonl", "--", "/no/such/agent"], "no program"),
         (["run", "--tasks", "tasks.jsonl", "--version", "2", "--", "python3"], "--slot"),
         (["optimize", "apo", "--slot", "s", "--tasks", "tasks.jsonl", "--holdout", "x", "--", "python3"], "--holdout"),
+        (["optimize", "apo", "--slot", "s", "--tasks", "tasks.jsonl", "--holdout", "9.5", "--", "python3"], "held-out"),
         (["optimize", "apo", "--slot", "s", "--tasks", "tasks.jsonl", "--engine", "x", "--", "python3"], "no engine"),
+        (["optimize", "apo", "--slot", "a b", "--tasks", "tasks.jsonl", "--", "python3"], "slot name"),
+        (["run", "--slot", "searched", "--tasks", "tasks.jsonl", "--", "python3"], "no version yet"),
     ],
 )
 def test_bad_input_exits_2_and_names_it(server: Served, tmp_path: Path, words: list[str], said: str) -> None:
     tasks(tmp_path)
+    server.client.add_candidate("searched", "Be brief.")
     done = ratchet(server, tmp_path, *words)
     assert done.returncode == 2
     assert said in done.stderr
