@@ -15,7 +15,8 @@ class Guard:
     def __init__(self, server: Server) -> None:
         self._keys = {_digest(key): key for key in server.keys}
         self._seen: dict[bytes, Key] = {}
-        allowed = (*(LOOPBACK if server.loopback else ()), *server.allowed_hosts)
+        # Off loopback every Host is served, unless some are named: then those, and this machine's own.
+        allowed = (*LOOPBACK, server.host, *server.allowed_hosts) if server.loopback or server.allowed_hosts else ()
         self._hosts = frozenset(host.lower() for host in allowed)
 
     @property

@@ -53,6 +53,8 @@ def test_off_loopback_any_host_is_served_unless_some_are_named() -> None:
     guard(host="0.0.0.0", keys=KEYS).check_host({b"host": b"any.example"})
     with pytest.raises(Forbidden):
         guard(host="0.0.0.0", keys=KEYS, allowed_hosts=["ok.example"]).check_host({b"host": b"any.example"})
+    for host in (b"ok.example", b"10.0.0.7:4000", b"localhost:4000"):
+        guard(host="10.0.0.7", keys=KEYS, allowed_hosts=["ok.example"]).check_host({b"host": host})
 
 
 def test_keys_are_checked_with_their_scopes() -> None:
