@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,6 +18,12 @@ from collector.errors import ConfigError
 
 DEFAULT_URL = "http://127.0.0.1:4000"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def without_credentials(url: str) -> str:
+    """The URL as it may be shown: without a user and a password."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 class Section(BaseModel):

@@ -46,11 +46,12 @@ def serve(
 def announce(settings: "Settings", url: str) -> None:
     """Print the one block that a user needs: where to point the agent, and what this server is set to."""
     from collector.console import console
+    from collector.settings import without_credentials
 
     keys = len(settings.server.keys)
     rows = {
         "OPENAI_BASE_URL": f"{url}/v1",
-        "upstream": settings.upstream.default,
+        "upstream": without_credentials(settings.upstream.default),
         "data": str(settings.store.data_dir.resolve()),
         "keys": f"on ({keys})" if keys else "off (this machine only)",
         "workers": str(settings.server.workers),

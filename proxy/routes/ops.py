@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from collector.errors import RatchetError
+from collector.settings import without_credentials
 from proxy.files import write_atomically
 from proxy.metrics import REGISTRY
 from proxy.routes.base import Context, Endpoint, Handler, json_response
@@ -152,7 +153,7 @@ async def about(context: Context, request: Request) -> Response:
             "use": f"OPENAI_BASE_URL={base}/v1",
             "scoped": f"{base}/e/{{episode_id}}/v1",
             "reward": f"POST {base}/reward",
-            "upstream": context.settings.upstream.default,
+            "upstream": without_credentials(context.settings.upstream.default),
             "see": [f"{base}/healthz", f"{base}/readyz", f"{base}/metrics", f"{base}/api/episodes"],
         }
     )

@@ -406,6 +406,15 @@ def test_the_root_says_what_this_is(tmp_path: Path) -> None:
     talk(act, tmp_path)
 
 
+def test_the_root_tells_anybody_so_no_password(tmp_path: Path) -> None:
+    async def act(client: httpx.AsyncClient, context: Context, _: Collector) -> None:
+        answer = await client.get("/")
+        assert answer.json()["upstream"] == "http://llm.example:8000/v1"
+        assert "hunter2" not in answer.text
+
+    talk(act, tmp_path, Settings(upstream=UpstreamSettings(default="http://me:hunter2@llm.example:8000/v1")))
+
+
 @pytest.mark.parametrize(
     ("path", "hint"),
     [
