@@ -208,7 +208,15 @@ def learn(stage: Stage, budget: int, seed: int) -> dict[str, Any]:
     traffic = stage.data / "traffic.jsonl"
     traffic.write_text("".join(json.dumps(task.data) + "\n" for task in search[:TRAFFIC]))
     agent = ["--", sys.executable, str(stage.example / "agent.py")]
-    graded = ["--grader", "python:examples.capital_city.grader.grade", "--url", stage.url, "--concurrency", "8", "--json"]
+    graded = [
+        "--grader",
+        "python:examples.capital_city.grader.grade",
+        "--url",
+        stage.url,
+        "--concurrency",
+        "8",
+        "--json",
+    ]
     with stage.timed("collect"):
         ours(stage, "run", "--tasks", str(traffic), *graded, *agent)
     how = ["--slot", SLOT, "--holdout", str(HELD_OUT), "--budget", str(budget), "--seed", str(seed)]
@@ -327,11 +335,15 @@ def demo(
     data_dir: Annotated[Path | None, typer.Option(help="Where to keep this run.")] = None,
     budget: Annotated[int, typer.Option(min=20, help="Rollouts that the search may spend.")] = 80,
     seed: Annotated[int, typer.Option(help="Of the split and the search.")] = 0,
+    report_path: Annotated[
+        Path | None, typer.Option("--report", help="JSON; default: ./demo-report.json of the repository.")
+    ] = None,
 ) -> None:
     """Watch an unmodified agent get better at naming capitals; exit 1 when the gate finds no proven gain."""
+    report_path = report_path.resolve() if report_path else None
     stage = _stage(name, upstream_url, model, data_dir)
     report = run_demo(stage, budget, seed)
-    Path("demo-report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (report_path or stage.home / "demo-report.json").write_text(json.dumps(report, indent=2) + "\n")
     if not report["promoted"]:
         console.print("[yellow]The gate found no proven gain, so nothing was promoted.[/]")
         raise typer.Exit(1)
@@ -347,7 +359,7 @@ def _stage(name: str, url: str | None, model: str | None, data_dir: Path | None)
         url, model = os.environ.get("OPENAI_BASE_URL", OPENAI), model or "gpt-4.1-nano"
     if url is not None and model is None:
         raise BadInput("--upstream needs --model: the name to ask for", param="model")
-    data = data_dir or home / "data" / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    data = (data_dir or home / "data" / f"demo-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     data.mkdir(parents=True, exist_ok=True)
     os.chdir(home)  # the grader is a module of the examples
     return Stage(home, data, url, model or LOCAL_MODEL, "local" if url is None else "upstream")
