@@ -110,6 +110,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    os.umask(0o077)  # DuckDB makes its files for everybody to read, and the data directory may be older than we are
     code = main()
     logging.shutdown()
     # All is closed. When an interpreter ends, the binding of DuckDB prints what it leaked, on the user's screen.

@@ -86,6 +86,16 @@ def test_a_term_ends_it_cleanly_with_everything_loaded(tmp_path: Path) -> None:
     collector.close()
 
 
+def test_nobody_else_reads_what_it_stores(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    with running(tmp_path) as process:
+        process.http.post("/reward", json={"episode_id": "e", "value": 1}).raise_for_status()
+        process.http.post("/api/flush").raise_for_status()
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert {path.name for path in files} >= {"ratchet.duckdb", "ratchet.duckdb.wal"}
+        assert [path.name for path in files if path.stat().st_mode & 0o077] == []
+
+
 def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     acknowledged = []
     for _ in range(2):
