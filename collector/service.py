@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from collector import adapters, bodies, episodes, journal, otel, registry, results, rewards
+from collector import adapters, bodies, episodes, journal, otel, redact, registry, results, rewards
 from collector.errors import BadInput, Conflict, NotFound, Unavailable
 from collector.loader import Loader
 from collector.model import Version
@@ -284,9 +284,16 @@ class Collector:
         return ids if isinstance(body, list) else ids[0]
 
     def events(self, body: Any) -> int:
-        """Journal `job` and `evaluation` events; returns how many, once on disk. Raises BadInput, Unavailable."""
+        """Journal `job` and `evaluation` events; returns how many, once on disk. Raises BadInput, Unavailable.
+
+        Secrets in an agent's answer are masked; a job's spec has to stay as it is, so that the job can be resumed.
+        """
         parsed = bodies.events(body)
-        _await([self.journal.append_durable(one.event, one.model_dump(exclude={"event"})) for one in parsed])
+        lines = [(one.event, one.model_dump(exclude={"event"})) for one in parsed]
+        for _, fields in lines:
+            if "answer" in fields:
+                fields["answer"], _ = redact.text(fields["answer"], self.settings.store.redaction.emails)
+        _await([self.journal.append_durable(event, fields) for event, fields in lines])
         return len(parsed)
 
     # Reading

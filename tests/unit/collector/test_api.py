@@ -158,6 +158,7 @@ def test_jobs_and_evaluations_by_events(http: httpx.Client) -> None:
         "task_id": "t",
         "ok": False,
         "reason": "timeout",
+        "answer": "the key is sk-abcdefgh12345678",
         "ts_ns": 1,
     }
     answer = http.post("/api/events", json=[job, evaluation])
@@ -167,6 +168,7 @@ def test_jobs_and_evaluations_by_events(http: httpx.Client) -> None:
     assert len(http.get("/api/jobs").json()["jobs"]) == 1
     (row,) = http.get("/api/evaluations", params={"job_id": "j"}).json()["evaluations"]
     assert (row["reason"], row["reward"]) == ("timeout", None)
+    assert row["answer"] == "the key is [redacted]"
 
 
 def poll(http: httpx.Client, **params: Any) -> tuple[dict[str, Any], float]:
