@@ -131,6 +131,8 @@ class Journal:
     def append_durable(self, event: str, body: Any) -> "Future[None]":
         """Write one line; the future resolves once it is on disk, or fails with Unavailable and nothing is stored."""
         future: Future[None] = Future()
+        # Under way from the start: who stops waiting must not cancel it under the thread that will answer.
+        future.set_running_or_notify_cancel()
         try:
             line = encode(event, body)
         except TypeError as error:

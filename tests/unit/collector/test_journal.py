@@ -1,3 +1,4 @@
+import asyncio
 import errno
 import os
 import threading
@@ -115,6 +116,20 @@ def test_a_durable_line_is_on_disk_when_its_future_resolves(tmp_path: Path) -> N
     (opened,) = tmp_path.glob("*.open")
     assert decode(opened.read_bytes())["n"] == 1
     writer.close()
+
+
+def test_who_stops_waiting_does_not_stop_the_journal(tmp_path: Path) -> None:
+    made = Journal(tmp_path, "t")
+
+    async def impatient() -> None:
+        waiting = asyncio.wrap_future(made.append_durable("reward", {"n": 1}))
+        waiting.cancel()
+        await asyncio.sleep(0)
+
+    asyncio.run(impatient())
+    made.append_durable("reward", {"n": 2}).result(5)
+    made.close()
+    assert [line["n"] for line in lines(tmp_path)] == [1, 2]
 
 
 def test_many_waiters_share_a_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
