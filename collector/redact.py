@@ -46,6 +46,7 @@ _TOKENS: tuple[tuple[str, str, "re.Pattern[str]"], ...] = (
     ("b", "bearer ", re.compile(r"bearer [A-Za-z0-9._~+/-]{16,}=*")),
 )
 _DIGIT = re.compile(r"[0-9]")
+_LIKE_WORDS = ("sk-", "github_pat_", "xox", "Bearer ", "bearer ")
 # Header lines, base64, line ends as they are or escaped; the end mark may have been cut off.
 _PEM = re.compile(
     r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"
@@ -69,9 +70,9 @@ def text(value: str, emails: bool = False) -> tuple[str, bool]:
 
 
 def _mask_token(found: "re.Match[str]") -> str:
-    """A word such as `sk-something-in-prose` has no digit, a key always has."""
+    """A word such as `sk-something-in-prose` has no digit, a key of that kind always has."""
     secret = found.group()
-    if _DIGIT.search(secret) is None:
+    if secret.startswith(_LIKE_WORDS) and _DIGIT.search(secret) is None:
         return secret
     return secret[:7] + MASK if secret[1:7] == "earer " else MASK
 

@@ -16,6 +16,8 @@ SECRETS = [
     "sk_live_" + "abcdefghij0123456789",
     "AKIA" + "IOSFODNN7EXAMPLE",
     "ASIA" + "IOSFODNN7EXAMPLE",
+    "AKIA" + "ABCDEFGHIJKLMNOP",
+    "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH",
     "ghp_" + "abcdefghijklmnopqrstuvwxyz0123456789",
     "github_pat_" + "11ABCDEFG0abcdefghijkl_mnopqrstuvwxyz",
     "xoxb-" + "123456789012-abcdefghij",
