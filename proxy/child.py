@@ -156,7 +156,10 @@ class Child:
                 await asyncio.wait_for(self._stop.wait(), delay)
                 return
             delay = min(delay * 2, LAST_DELAY)
-            process = await self._spawn()
+            try:
+                process = await self._spawn()
+            except OSError as error:  # no memory or no descriptors just now: the loop comes back, later each time
+                log.error("the %s cannot be restarted: %s", self.name, error)
 
     async def _pump_errors(self, stream: asyncio.StreamReader | None) -> None:
         while stream is not None and (data := await stream.read(65536)):

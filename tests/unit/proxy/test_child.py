@@ -90,6 +90,21 @@ def test_what_dies_is_restarted_with_growing_pauses(monkeypatch: pytest.MonkeyPa
     assert counted == [1, 2, 3]
 
 
+def test_a_restart_that_is_impossible_just_now_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_DELAY", 0.01)
+    commands = [python(SERVES), Command(["/no/such/program"], b""), python(SERVES)]
+
+    async def main() -> None:
+        child = Child("thing", lambda: commands.pop(0), until_ready)
+        await child.start(10)
+        child.signal(signal.SIGKILL)
+        await until(lambda: not commands and child.said_ready.is_set())
+        assert child.restarts == 2
+        await child.stop(10)
+
+    asyncio.run(main())
+
+
 def test_a_child_that_ignores_sigterm_is_killed_after_its_patience() -> None:
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
 
