@@ -62,9 +62,9 @@ def new_episode() -> str:
 def explicit(value: Any, where: str) -> str:
     """An episode id that the caller chose. Raises BadRequest that names it."""
     if not isinstance(value, str) or not _EPISODE.fullmatch(value):
-        shown = value if isinstance(value, str) and len(value) <= 200 else "it"
+        shown = repr(value) if isinstance(value, str) and len(value) <= 200 else "this"
         raise BadRequest(
-            f"{where}: {shown!r} can't be an episode id; use 1 to 128 letters, digits or any of . _ : ~ -",
+            f"{where}: {shown} can't be an episode id; use 1 to 128 letters, digits or any of . _ : ~ -",
             param=where,
             code="invalid_episode_id",
         )
