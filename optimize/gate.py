@@ -5,8 +5,8 @@ pairs that keep coming, and may be looked at after each one.
 
 Measured over 45 combinations of binary, graded and three-valued rewards, gains of 0, .1 and .3, and 30, 60 and 100
 pairs, 250 to 600 replays each: the 95% interval covers the truth mostly in 94 to 97% of replays; in 92 to 93% for rare
-differences and for graded rewards at 100 pairs, and in 90% where 30 pairs hold only two that differ. No gain promotes in
-0 to 4%; p < .05 with an interval that holds 0 in 0 to 2%.
+differences and for graded rewards at 100 pairs, and in 90% where 30 pairs hold only two that differ. No gain promotes
+in 0 to 4%; p < .05 with an interval that holds 0 in 0 to 2%.
 """
 
 import math
