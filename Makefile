@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 TORCH_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install check format test test-model faults demo serve clean lock
+.PHONY: install check format test test-model faults demo serve image-steps clean lock
 
 # A stamp per lock: made anew when the lock or the project's metadata changes.
 $(VENV)/bin/python:
@@ -56,6 +56,10 @@ test: install
 # The longer drills, outside `make test`.
 faults: install
 	$(BIN)/python -m pytest tests/faults -s
+
+# What the Dockerfile does, without Docker.
+image-steps:
+	PYTHON=$(PYTHON) bash scripts/image_steps.sh
 
 demo: $(VENV)/.demo
 	$(BIN)/ratchet demo
