@@ -41,7 +41,8 @@ class Guard:
         if key is None:
             raise Unauthorized("a Ratchet key is needed: none was given, or it isn't known", param="authorization")
         if scope not in key.scopes and "admin" not in key.scopes:
-            raise Unauthorized(f"the key `{key.name}` lacks the scope `{scope}`", code="insufficient_scope")
+            message = f"the key `{key.name}` lacks the scope `{scope}`"
+            raise Forbidden(message, param="authorization", code="insufficient_scope")
         return key.name
 
     def _look_up(self, given: bytes) -> Key | None:

@@ -17,14 +17,14 @@ class BadRequest(BadInput):
 
 
 class Unauthorized(RatchetError):
-    """401: no key, an unknown key, or one without the needed scope."""
+    """401: no key, or an unknown one."""
 
     status = 401
     code = "invalid_api_key"
 
 
 class Forbidden(RatchetError):
-    """403: the Host header names a host that isn't served here."""
+    """403: the key lacks the needed scope, or the Host header names a host that isn't served here."""
 
     status = 403
     code = "host_not_allowed"

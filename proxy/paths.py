@@ -8,7 +8,7 @@ from proxy.dialects import KNOWN, OTHER
 from proxy.dialects.base import Dialect
 from proxy.errors import BadRequest
 
-_COLD = frozenset(("models", "traces", "logs"))  # under /v1, but not relayed
+_COLD = frozenset(("models", "reward", "traces", "logs"))  # under /v1, but not relayed
 
 
 class Route(NamedTuple):

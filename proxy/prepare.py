@@ -44,8 +44,8 @@ class Prompts:
     async def apply(self, call: Call, body: Body, named: str | None) -> None:
         """Changes `body` where a prompt is a slot's; notes in `call` which versions it is served.
 
-        `named`: the slot of the header `x-ratchet-slot`. Raises NotFound for a pinned version that doesn't exist, and
-        Unavailable if that can't be found out.
+        `named`: the slot of the header `x-ratchet-slot`; its word is enough, whatever the prompt says. Raises NotFound
+        for a pinned version that doesn't exist, and Unavailable if that can't be found out.
         """
         pins = pinned(call.route.pins)
         texts = {slot: await self._pinned(slot, version) for slot, version in pins.items()}
@@ -53,6 +53,9 @@ class Prompts:
         wanted = {*pins, *((named,) if named else ())}
         only = wanted if named else None
         matches = slots.find(snapshot, call.reading.prompts, call.reading.model, only=only, prefer=pins)
+        if named and named not in {match.known.slot for match in matches}:
+            explicit = slots.named(snapshot, named, call.reading.prompts)
+            matches += [explicit] if explicit else []
         for match in matches:
             slot = match.known.slot
             if slot in pins:

@@ -46,6 +46,19 @@ def find(
     return matches
 
 
+def named(snapshot: Snapshot, slot: str, prompts: Iterable[Prompt]) -> Match | None:
+    """The prompt of a slot that the caller named, though its text is no known version's: the first message in the
+    slot's role (by default system or developer), whole. Its variables are unknown. None for an unknown slot."""
+    known = snapshot.slots.get(slot)
+    if known is None:
+        return None
+    roles = (known.role,) if known.role else ("system", "developer")
+    for prompt in prompts:
+        if prompt.role in roles:
+            return Match(prompt, Known(slot, 0, prompt.text, (), prompt.text, prompt.text), {})
+    return None
+
+
 def _exact(snapshot: Snapshot, prompt: Prompt) -> Iterator[Match]:
     for known in snapshot.exact.get(prompt.text, ()):
         # A template sent unrendered: its variables stand for themselves.

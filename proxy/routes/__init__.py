@@ -45,6 +45,8 @@ def cold(context: Context) -> Starlette:
     one = guarded(context, "agent", models.one)
     routes = [
         Route("/reward", guarded(context, "reward", reward.post), methods=["POST"]),
+        # An agent that appends to its base URL ends here: its reward must not go to the upstream and be lost.
+        Route("/v1/reward", guarded(context, "reward", reward.post), methods=["POST"]),
         Route("/api/{path:path}", Forward(context)),
         Route("/v1/models", listed, methods=["GET"]),
         Route("/models", listed, methods=["GET"]),

@@ -63,7 +63,7 @@ def test_keys_are_checked_with_their_scopes() -> None:
     assert keyed.authorise({b"authorization": b"bearer rk-agent"}, "agent") == "bot"
     assert keyed.authorise({b"x-api-key": b"rk-agent"}, "agent") == "bot"
     assert keyed.authorise({b"authorization": b"Bearer rk-admin"}, "reward") == "boss"
-    with pytest.raises(Unauthorized, match="lacks the scope `admin`"):
+    with pytest.raises(Forbidden, match="lacks the scope `admin`"):
         keyed.authorise({b"authorization": b"Bearer rk-agent"}, "admin")
     for bad in ({}, {b"authorization": b"Bearer rk-agenT"}, {b"authorization": b"Bearer "}, {b"authorization": b"rk"}):
         with pytest.raises(Unauthorized, match="a Ratchet key is needed"):

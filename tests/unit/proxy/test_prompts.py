@@ -238,6 +238,18 @@ def test_the_header_names_the_slot(proxy: Worker, upstream: FakeUpstream) -> Non
     assert "x-ratchet-slot" not in upstream.requests[0].headers
 
 
+def test_the_header_is_enough_where_the_prompt_is_no_known_version(proxy: Worker, upstream: FakeUpstream) -> None:
+    promote(proxy, "geo", v2=1.0)
+    made_up = body("Something the agent made up.")
+    assert call(proxy, made_up).headers["x-ratchet-versions"] == ""
+    assert call(proxy, made_up, x_ratchet_slot="geo").headers["x-ratchet-versions"] == "geo@2"
+    assert upstream.requests[-1].json["messages"][0] == {"role": "system", "content": "Name the city."}
+    assert upstream.requests[-1].json["messages"][1:] == json.loads(made_up)["messages"][1:]
+    # A version that needs variables cannot be rendered from a text that is none of the slot's.
+    assert call(proxy, made_up, x_ratchet_slot="tutor").headers["x-ratchet-versions"] == ""
+    assert upstream.requests[-1].body == made_up
+
+
 def test_an_unmatched_prompt_is_counted(proxy: Worker) -> None:
     def unmatched() -> float:
         return metrics.REGISTRY.get_sample_value("ratchet_prompts_unmatched_total") or 0.0
