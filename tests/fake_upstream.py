@@ -189,11 +189,13 @@ class FakeUpstream:
         assert task is not None
         self._tasks.add(task)
         try:
-            while (request := await _read(reader, writer)) is not None:
+            early = b""  # of the next request, read while listening for the client to leave
+            while (request := await _read(reader, writer, early)) is not None:
                 self.requests.append(request)
                 script = self._next.popleft() if self._next else self.default
                 reply = script(request) if callable(script) else script
-                if not await _watched(reader, writer, request, reply):
+                keep, early = await _watched(reader, writer, request, reply)
+                if not keep:
                     break
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
@@ -202,8 +204,8 @@ class FakeUpstream:
             writer.close()
 
 
-async def _read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Received | None:
-    head = await reader.readuntil(b"\r\n\r\n")
+async def _read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, early: bytes) -> Received | None:
+    head = early + await reader.readuntil(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").rstrip("\r\n").split("\r\n")
     method, target, _ = first.split(" ", 2)
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -219,22 +221,32 @@ async def _read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> R
     return Received(method, target, headers, body)
 
 
-async def _watched(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: Received, reply: Reply) -> bool:
-    """Writes the reply while listening for the client to leave. True: the connection can serve another request."""
+async def _watched(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: Received, reply: Reply
+) -> tuple[bool, bytes]:
+    """Writes the reply while listening for the client to leave: whether the connection can serve another request, and
+    what of that request was read already."""
     writing = asyncio.ensure_future(_write(writer, reply))
     leaving = asyncio.ensure_future(reader.read(1))
     try:
         await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not writing.done() and _got(leaving):
+            await asyncio.wait({writing})  # no leave, but the next request, sent ahead
         if not writing.done():
             request.gone.set()
-            return False
+            return False, b""
         keep = writing.result()
         request.answered.set()
-        return keep
     finally:
         for task in (writing, leaving):
             task.cancel()
         await asyncio.gather(writing, leaving, return_exceptions=True)
+    return keep, _got(leaving)
+
+
+def _got(leaving: "asyncio.Future[bytes]") -> bytes:
+    """What was read; nothing where the client left, cleanly or not, or has said nothing."""
+    return leaving.result() if leaving.done() and not leaving.cancelled() and not leaving.exception() else b""
 
 
 async def _write(writer: asyncio.StreamWriter, reply: Reply) -> bool:
