@@ -336,14 +336,14 @@ class Collector:
 
     def jobs(self) -> list[dict[str, Any]]:
         """The latest state of every job, newest first."""
-        return self.store.jobs()
+        return [_job(row) for row in self.store.jobs()]
 
     def job(self, job_id: str) -> dict[str, Any]:
         """The latest state of one job. Raises NotFound."""
         found = self.store.jobs(job_id)
         if not found:
             raise NotFound(f"no job {job_id!r}", param="job_id")
-        return found[0]
+        return _job(found[0])
 
     def evaluations(self, job_id: str | None = None) -> list[dict[str, Any]]:
         """Paid rollouts."""
@@ -370,6 +370,15 @@ class Collector:
             "journal": self.journal.counters,
             "loader": asdict(self.loader.counters),
         }
+
+
+def _job(row: dict[str, Any]) -> dict[str, Any]:
+    """A job as readers want it: what the journal carries as JSON strings as values. What is no JSON stays text."""
+    shown = dict(row)
+    for name in ("spec", "progress", "result"):
+        with contextlib.suppress(orjson.JSONDecodeError, TypeError):
+            shown[name] = orjson.loads(row[name])
+    return shown
 
 
 def _await(futures: "list[Future[None]]") -> None:

@@ -164,7 +164,8 @@ def test_jobs_and_evaluations_by_events(http: httpx.Client) -> None:
     answer = http.post("/api/events", json=[job, evaluation])
     assert (answer.status_code, answer.json()) == (202, {"accepted": 2})
     http.post("/api/flush")
-    assert http.get("/api/jobs/j").json()["status"] == "running"
+    shown = http.get("/api/jobs/j").json()
+    assert (shown["status"], shown["spec"], shown["result"]) == ("running", {}, None)
     assert len(http.get("/api/jobs").json()["jobs"]) == 1
     (row,) = http.get("/api/evaluations", params={"job_id": "j"}).json()["evaluations"]
     assert (row["reason"], row["reward"]) == ("timeout", None)
