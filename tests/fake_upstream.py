@@ -232,7 +232,7 @@ async def _watched(
         await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not writing.done() and _got(leaving):
             await asyncio.wait({writing})  # no leave, but the next request, sent ahead
-        if not writing.done():
+        if not writing.done() or isinstance(writing.exception(), ConnectionError):
             request.gone.set()
             return False, b""
         keep = writing.result()

@@ -162,6 +162,7 @@ def test_the_whole_loop_from_an_unknown_agent_to_a_live_better_prompt(
 
     log = [(entry["action"], entry["evidence"], entry["job_id"]) for entry in client.deployments("looped")]
     assert log[-1] == ("promote", "gate", answer["job_id"])
+    client.flush()
     events = client.evaluations(answer["job_id"])
     assert Counter(event["arm"] for event in events)["search"] <= 40
     assert answer["rollouts"] == len(events)
