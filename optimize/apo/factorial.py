@@ -53,6 +53,7 @@ class Params:
     doubt_to_stop: float = 4.0  # the same for whoever wants to stop
     headroom: float = 0.95  # a seed with this mean reward has nothing to gain
     headroom_rollouts: int = 20
+    keep: float = 0.005  # reward that an added part must be worth to stay in the result
     worth: float = 0.03  # smallest gain worth searching for
     stop_early: bool = True
     hope: float = 0.1  # P(gain > worth) below which a run has no hope
@@ -464,7 +465,7 @@ class _Search:
         )
 
     def _result(self, posterior: Posterior, stop: Stop, reason: str) -> SearchResult:
-        leader, doubt = self.pool.best(posterior.mean), self.params.doubt
+        leader, doubt = self._plain(posterior, self.pool.best(posterior.mean)), self.params.doubt
         gain, sd, p_gain = self._gain(posterior, leader)
         best = leader if p_gain >= self.params.confident and gain > 0 else self.pool.seed
         return SearchResult(
@@ -486,6 +487,28 @@ class _Search:
             rows=tuple(self.rows),
             proposals=tuple(self.proposals),
         )
+
+    def _plain(self, posterior: Posterior, leader: Subset) -> Subset:
+        """The leader without the additions that the sceptic gives nothing for: nobody wants to read those in a prompt.
+
+        The search includes what it merely hopes for, because including is how it learns; the result need not.
+        """
+        kept = leader
+        while True:
+            added = [index for index in kept if index not in self.pool.seed]
+            extras = [index for index in added if self.pool.parts[index].kind != "rewrite"]
+            worth = {index: self._worth(posterior, kept, index) for index in extras}
+            least = min(worth, key=lambda index: worth[index], default=None)
+            if least is None or worth[least] >= self.params.keep:
+                break
+            kept = tuple(index for index in kept if index != least)
+        sound = self.pool.render(kept).strip() and self._gain(posterior, kept)[2] >= self.params.confident
+        return kept if sound else leader
+
+    def _worth(self, posterior: Posterior, subset: Subset, index: int) -> float:
+        """The sceptic's mean of what a part adds to the others of the subset."""
+        without = self._weights(tuple(other for other in subset if other != index))
+        return posterior.sceptical(self._weights(subset) - without, doubt=self.params.doubt)[0]
 
     def _table(self, posterior: Posterior, best: Subset) -> tuple[PartReport, ...]:
         reports = []

@@ -62,6 +62,18 @@ def test_a_search_reaches_most_of_the_optimum_and_leads_where_edits_often_mislea
     assert np.mean(scores) - np.mean(others) >= lead
 
 
+def test_the_result_carries_no_addition_that_earned_nothing() -> None:
+    lengths, scores = [], []
+    for seed in range(3):
+        pair = [run(World(SPECS["base"], seed), Params(budget=160, seed=seed, keep=keep)) for keep in (-9.0, 0.02)]
+        hoarder, plain = pair
+        assert set(plain.best_parts) <= set(hoarder.best_parts)  # the same search: only its result is told apart
+        lengths.append([len(found.best_parts) for found in pair])
+        scores.append([World(SPECS["base"], seed).score(found.best_template) for found in pair])
+    assert sum(plain for _, plain in lengths) < sum(hoarder for hoarder, _ in lengths)
+    assert np.mean([plain - hoarder for hoarder, plain in scores]) > -0.1
+
+
 def test_null_worlds_keep_the_seed_or_fail_the_gate_and_many_stop_early() -> None:
     promoted, early = 0, 0
     for seed in range(3):
