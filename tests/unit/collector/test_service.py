@@ -36,6 +36,7 @@ def test_closing_releases_the_directory_and_twice_is_once(tmp_path: Path) -> Non
     first.close()
     first.close()
     second = Collector(settings(tmp_path))
+    assert second.slots() == []
     second.close()
 
 

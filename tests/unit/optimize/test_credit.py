@@ -27,7 +27,7 @@ returns_with_gaps = st.lists(st.one_of(numbers, st.just(NAN)), min_size=1, max_s
 grouped = st.lists(st.tuples(st.one_of(numbers, st.just(NAN)), st.integers(0, 3)), min_size=1, max_size=16)
 
 
-def close(left: Any, right: Any) -> None:
+def assert_close(left: Any, right: Any) -> None:
     np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-8)
 
 
@@ -38,14 +38,14 @@ def test_gae_with_lambda_one_is_the_return_with_bootstrap_minus_the_value(
     rewards, values = episode
     size = len(rewards)
     returns = credit.discounted(rewards, gamma) + gamma ** np.arange(size, 0, -1) * values[-1]
-    close(credit.gae(rewards, values, gamma, 1), returns - values[:-1])
-    close(credit.gae(rewards, np.zeros(size + 1), gamma, 1), credit.discounted(rewards, gamma))
+    assert_close(credit.gae(rewards, values, gamma, 1), returns - values[:-1])
+    assert_close(credit.gae(rewards, np.zeros(size + 1), gamma, 1), credit.discounted(rewards, gamma))
 
 
 @given(episodes, shares)
 def test_gae_with_lambda_zero_is_the_td_residual(episode: tuple[list[float], list[float]], gamma: float) -> None:
     rewards, values = episode
-    close(credit.gae(rewards, values, gamma, 0), np.array(rewards) + gamma * np.array(values[1:]) - values[:-1])
+    assert_close(credit.gae(rewards, values, gamma, 0), np.array(rewards) + gamma * np.array(values[1:]) - values[:-1])
 
 
 @given(episodes, shares, shares)
@@ -55,7 +55,7 @@ def test_gae_recursion_equals_the_explicit_sum(
     rewards, values = episode
     deltas = [r + gamma * after - before for r, before, after in zip(rewards, values, values[1:], strict=False)]
     explicit = [sum((gamma * lam) ** k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(deltas))]
-    close(credit.gae(rewards, values, gamma, lam), explicit)
+    assert_close(credit.gae(rewards, values, gamma, lam), explicit)
 
 
 @given(episodes, shares, shares)
@@ -63,7 +63,7 @@ def test_lambda_returns_are_the_value_plus_gae(
     episode: tuple[list[float], list[float]], gamma: float, lam: float
 ) -> None:
     rewards, values = episode
-    close(credit.td_lambda(rewards, values, gamma, lam), credit.gae(rewards, values, gamma, lam) + values[:-1])
+    assert_close(credit.td_lambda(rewards, values, gamma, lam), credit.gae(rewards, values, gamma, lam) + values[:-1])
 
 
 @given(episodes, shares)
@@ -72,9 +72,9 @@ def test_lambda_returns_go_from_one_step_to_the_whole_return(
 ) -> None:
     rewards, values = episode
     one_step = np.array(rewards) + gamma * np.array(values[1:])
-    close(credit.td_lambda(rewards, values, gamma, 0), one_step)
+    assert_close(credit.td_lambda(rewards, values, gamma, 0), one_step)
     ended = [*values[:-1], 0.0]
-    close(credit.td_lambda(rewards, ended, gamma, 1), credit.discounted(rewards, gamma))
+    assert_close(credit.td_lambda(rewards, ended, gamma, 1), credit.discounted(rewards, gamma))
 
 
 @given(grouped)
@@ -86,10 +86,10 @@ def test_leave_one_out_sums_to_zero_per_group_and_is_the_scaled_distance_from_th
     for label in set(groups):
         observed = returns[(groups == label) & ~np.isnan(returns)]
         mine = advantages[(groups == label) & ~np.isnan(returns)]
-        close(mine.sum(), 0)
+        assert_close(mine.sum(), 0)
         if len(observed) > 1:
             others = [np.delete(observed, at).mean() for at in range(len(observed))]
-            close(mine, observed - others)
+            assert_close(mine, observed - others)
         else:
             assert not mine.any()
 
@@ -97,9 +97,9 @@ def test_leave_one_out_sums_to_zero_per_group_and_is_the_scaled_distance_from_th
 @given(returns_with_gaps, numbers)
 def test_a_constant_added_to_all_returns_changes_no_baselined_advantage(returns: list[float], shift: float) -> None:
     moved = np.array(returns) + shift
-    close(credit.leave_one_out(moved), credit.leave_one_out(returns))
+    assert_close(credit.leave_one_out(moved), credit.leave_one_out(returns))
     # A fixed eps of this size keeps rounding of equal-but-for-rounding rewards out of the comparison.
-    close(credit.group(moved, [0] * len(moved), eps=0.1), credit.group(returns, [0] * len(returns), eps=0.1))
+    assert_close(credit.group(moved, [0] * len(moved), eps=0.1), credit.group(returns, [0] * len(returns), eps=0.1))
 
 
 @given(grouped)
@@ -117,7 +117,7 @@ def test_group_has_zero_mean_and_at_most_unit_spread(pairs: list[tuple[float, in
 def test_group_is_the_documented_formula() -> None:
     advantages = credit.group([1.0, 2.0, 6.0, 5.0, NAN], ["a", "a", "a", "b", "b"], eps=0.5)
     expected = (np.array([1.0, 2.0, 6.0]) - 3) / (math.sqrt(14 / 3) + 0.5)
-    close(advantages[:3], expected)
+    assert_close(advantages[:3], expected)
     assert advantages[3] == 0
     assert math.isnan(advantages[4])
 
@@ -133,10 +133,10 @@ def test_shaping_telescopes(episode: tuple[list[float], list[float]], gamma: flo
     rewards, potentials = episode
     size = len(rewards)
     added = credit.shaped(rewards, potentials, gamma) - rewards
-    close(gamma ** np.arange(size) @ added, gamma**size * potentials[-1] - potentials[0])
+    assert_close(gamma ** np.arange(size) @ added, gamma**size * potentials[-1] - potentials[0])
     ended = [*potentials[:-1], 0.0]
     whole = credit.discounted(credit.shaped(rewards, ended, gamma), gamma)[0]
-    close(whole, credit.discounted(rewards, gamma)[0] - ended[0])
+    assert_close(whole, credit.discounted(rewards, gamma)[0] - ended[0])
 
 
 @given(episodes, shares, shares, st.data())
@@ -146,15 +146,15 @@ def test_shaping_leaves_gae_unchanged_when_the_values_drop_the_potential(
     rewards, values = episode
     potentials = np.array(data.draw(series(len(values))))
     after = credit.gae(credit.shaped(rewards, potentials, gamma), np.array(values) - potentials, gamma, lam)
-    close(after, credit.gae(rewards, values, gamma, lam))
+    assert_close(after, credit.gae(rewards, values, gamma, lam))
 
 
 @given(st.integers(1, 12).flatmap(series), numbers, shares)
 def test_discounting_has_its_known_limits(rewards: list[float], final: float, gamma: float) -> None:
-    close(credit.discounted(rewards, 1), np.cumsum(rewards[::-1])[::-1])
-    close(credit.discounted(rewards, 0), rewards)
+    assert_close(credit.discounted(rewards, 1), np.cumsum(rewards[::-1])[::-1])
+    assert_close(credit.discounted(rewards, 0), rewards)
     size = len(rewards)
-    close(credit.discounted([0.0] * (size - 1) + [final], gamma), gamma ** np.arange(size - 1, -1, -1) * final)
+    assert_close(credit.discounted([0.0] * (size - 1) + [final], gamma), gamma ** np.arange(size - 1, -1, -1) * final)
 
 
 @given(numbers, st.integers(0, 20))
@@ -167,7 +167,7 @@ def test_tokens_repeat_their_steps_advantage_and_others_get_zero(rows: list[tupl
     advantages = [one for one, _, _ in rows]
     steps = [label for at, (_, written, seen) in enumerate(rows) for label in [-1] * seen + [at] * written]
     tokens = credit.to_tokens(advantages, steps)
-    close(tokens.sum(), sum(one * written for one, written, _ in rows))
+    assert_close(tokens.sum(), sum(one * written for one, written, _ in rows))
     for at, one in enumerate(advantages):
         assert set(tokens[np.array(steps) == at]) == {one}
     assert not tokens[np.array(steps) == -1].any()
@@ -221,7 +221,7 @@ def test_gigpo_without_weight_is_the_group_advantage_of_the_episodes(steps: Step
     going, anchors, returns, owners = columns(steps, totals)
     present = sorted(set(owners))
     by_episode = dict(zip(present, credit.group([totals[one] for one in present], [0] * len(present)), strict=True))
-    close(credit.gigpo(going, anchors, returns, owners, 0.0), [by_episode[owner] for owner in owners])
+    assert_close(credit.gigpo(going, anchors, returns, owners, 0.0), [by_episode[owner] for owner in owners])
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -242,8 +242,8 @@ def test_gigpo_steps_sum_to_zero_per_anchor(normalise: bool, steps: Steps, total
 def test_gigpo_counts_an_episode_once_however_long_it_is() -> None:
     short = credit.gigpo([1.0, 0.0], ["x", "y"], [1.0, 0.0], ["a", "b"], 0.0)
     long = credit.gigpo([1.0, *[0.0] * 9], range(10), [1.0, *[0.0] * 9], ["a", *["b"] * 9], 0.0)
-    close(long[0], short[0])
-    close(long[1:], short[1])
+    assert_close(long[0], short[0])
+    assert_close(long[1:], short[1])
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,6 @@ def test_bodies_of_any_shape_are_read_without_an_error(tail: str, value: Any) ->
         dialect.ends(event)
     json.dumps(parser.summary().output_messages)
     if isinstance(value, dict):
-        dialect.read(value)
+        assert all(isinstance(prompt.text, str) for prompt in dialect.read(value).prompts)
         dialect.messages(value)
         dialect.summarise(value)

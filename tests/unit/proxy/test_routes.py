@@ -269,7 +269,7 @@ def test_a_client_that_leaves_ends_the_collectors_work(tmp_path: Path) -> None:
             "headers": [],
         }
         await asyncio.wait_for(cold(context)(scope, receive, send), 5)
-        await asyncio.wait_for(collector.left.wait(), 5)
+        assert await asyncio.wait_for(collector.left.wait(), 5)
 
     talk(act, tmp_path)
 
