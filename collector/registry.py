@@ -120,6 +120,24 @@ class Registry:
             if slot in (None, deployment.slot)
         ]
 
+    def adapters(self, since_ns: int | None = None) -> list[Version]:
+        """Adapter versions: all, or those that an episode which began after `since_ns` may use or a rollback needs."""
+        found: list[Version] = []
+        for name, slot in sorted(self._slots.items()):
+            if slot.kind == "adapter":
+                numbers = range(1, len(slot.versions) + 1) if since_ns is None else self._in_use(name, slot, since_ns)
+                found += [slot.versions[number - 1] for number in numbers]
+        return found
+
+    def _in_use(self, name: str, slot: _Slot, since_ns: int) -> list[int]:
+        """The live arms, those that the next rollback leads to, and all in force at some time after `since_ns`."""
+        used = {*slot.arms, *(slot.before[-1] if slot.before else {})}
+        for deployment in reversed([line for line in self._log if line.slot == name]):
+            used |= set(deployment.arms)
+            if deployment.ts_ns <= since_ns:
+                break
+        return sorted(used)
+
     # Commands
 
     def add_version(self, version: Version) -> tuple[int, list[Event]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from collector import adapters, bodies, episodes, journal, otel, redact, registry, results, rewards
+from collector import adapters, bodies, engines, episodes, journal, otel, redact, registry, results, rewards
 from collector.errors import BadInput, Conflict, NotFound, Unavailable
 from collector.loader import Loader
 from collector.model import Version
@@ -34,6 +34,7 @@ _TICK_SECONDS = 0.2
 _ADOPT_SECONDS = 1.0
 _DISK_SECONDS = 30.0
 _FLUSH_SECONDS = 5.0
+_ENGINES_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,10 @@ class Collector:
             undo.callback(self.journal.close)
             self._ensure_slots()
             self._undo = undo.pop_all()
+        self._engines = engines.Engines([engines.HttpEngine(entry) for entry in settings.engines])
+        self._undo.callback(self._engines.close)
+        if background and settings.engines:
+            threading.Thread(target=self._keep_engines, name="engines", daemon=True).start()
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True) if background else None
         if self._thread is not None:
             self._thread.start()
@@ -215,7 +220,9 @@ class Collector:
         return candidate
 
     def promote(self, slot: str, body: bodies.PromoteBody) -> int:
-        """Deploy; returns the revision once on disk. Raises NotFound, BadInput, Conflict, Unavailable."""
+        """Deploy; returns the revision once on disk. Raises NotFound, BadInput, Conflict, Unavailable; and EngineFailed
+        when an engine can't serve an adapter: then nothing is deployed."""
+        self._ready(slot, body.version)
         with self._lock:
             events = self.registry.promote(
                 slot,
@@ -237,6 +244,35 @@ class Collector:
             )
             self._commit(events)
             return self.registry.revision
+
+    def _ready(self, slot: str, number: int) -> None:
+        """An adapter is served by its engines before any call is routed to it."""
+        with self._lock:
+            version = self.registry.version(slot, number)
+        if version["kind"] == "adapter":
+            self._engines.ready(self._served(slot, number, version["hash"], version["base_model"], version["path"]))
+
+    def _served(self, slot: str, number: int, content: str, base_model: str, path: str) -> engines.Served:
+        name = engines.served_name(slot, number, content)
+        return engines.Served(base_model, name, (self.data_dir / "adapters" / path).resolve())
+
+    def _settle(self) -> None:
+        """Have the engines serve what episodes may use, and nothing older."""
+        drain = max(entry.drain_seconds for entry in self.settings.engines)
+        with self._lock:
+            needed, known = self.registry.adapters(time.time_ns() - int(drain * 1e9)), self.registry.adapters()
+        keep, every = (
+            [self._served(one.slot, one.version, one.hash, one.base_model or "", one.path or "") for one in versions]
+            for versions in (needed, known)
+        )
+        self._engines.settle(keep, [version.name for version in every])
+
+    def _keep_engines(self) -> None:
+        while not self._stop.wait(_ENGINES_SECONDS):
+            try:
+                self._settle()
+            except Exception:  # the boundary of this thread: it must outlive whatever an engine answers
+                log.exception("the engines could not be looked after; trying again")
 
     def _commit(self, events: list[registry.Event]) -> None:
         """Journal, wait for the disk, only then apply, publish and tell."""
@@ -369,6 +405,7 @@ class Collector:
             "rebuilt": self.store.rebuilt,
             "journal": self.journal.counters,
             "loader": asdict(self.loader.counters),
+            "engines": self._engines.state(),
         }
 
 

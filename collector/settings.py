@@ -99,6 +99,29 @@ class ModelEntry(Section):
         return params
 
 
+class EngineEntry(Section):
+    """An engine whose adapters Ratchet loads and unloads; calls for `base_model` are sent to it."""
+
+    api_base: str
+    base_model: str
+    api_key: str | None = None
+    timeout: float = Field(default=60, gt=0)
+    drain_seconds: float = Field(default=300, ge=0)
+
+    @field_validator("api_base")
+    @classmethod
+    def _http(cls, url: str) -> str:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        return url.rstrip("/")
+
+    @property
+    def as_model(self) -> ModelEntry:
+        """The same as an entry of `model_list`."""
+        params = {"model": f"hosted_vllm/{self.base_model}", "api_base": self.api_base, "api_key": self.api_key}
+        return ModelEntry(model_name=self.base_model, litellm_params=params)
+
+
 class Match(Section):
     """Which messages a slot's prompt may be found in."""
 
@@ -155,11 +178,17 @@ class Settings(Section):
     server: Server = Server()
     upstream: Upstream = Upstream()
     model_list: tuple[ModelEntry, ...] = ()
+    engines: tuple[EngineEntry, ...] = ()
     slots: dict[str, Slot] = Field(default_factory=dict)
     optimizer: Optimizer = Optimizer()
     rewards: Rewards = Rewards()
     gate: Gate = Gate()
     store: Storage = Storage()
+
+    @property
+    def models(self) -> tuple[ModelEntry, ...]:
+        """Every model with a target of its own: `model_list`, and each engine's base model."""
+        return (*self.model_list, *(engine.as_model for engine in self.engines))
 
     @model_validator(mode="after")
     def _key_off_loopback(self) -> "Settings":
