@@ -40,6 +40,7 @@ class Outcome:
     tokens: int | None = None
     seconds: float = 0.0
     cached: bool = False
+    cost_usd: float | None = None
 
 
 class Evaluator(Protocol):

@@ -13,13 +13,14 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 
 from collector.errors import BadInput
+from optimize.apo.engine import Evaluate, PartReport, Problem, Progress, Row, SearchResult, Stop
 from optimize.apo.model import Array, Evidence, Model, Posterior, Priors
 from optimize.apo.parts import Part, cut, render
 from optimize.apo.pool import Limits, Pool, Subset
@@ -29,9 +30,7 @@ from optimize.budget import Budget
 from optimize.dataset import Task
 from optimize.evaluation import Outcome, Request
 
-Evaluate = Callable[[Sequence[Request]], Awaitable[list[Outcome]]]
 LOSS_DRAWS = 64
-Stop = Literal["budget", "headroom", "no gain", "converged", "failures"]
 
 
 @dataclass(frozen=True)
@@ -62,85 +61,6 @@ class Params:
     stop_loss: float = 0.02  # expected loss of reward that ends a run as converged
     limits: Limits = field(default_factory=Limits)
     priors: Priors = field(default_factory=Priors)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One rollout as it is logged: enough to fit again, or to resume, without paying again."""
-
-    template_hash: str
-    task_id: str
-    replicate: int
-    subset: tuple[str, ...]
-    score: float
-    ok: bool
-    reason: str | None = None
-    answer: str = ""
-    feedback: str = ""
-    tokens: int | None = None
-    seconds: float = 0.0
-    paid: bool = True
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a search stands, after each block."""
-
-    rollouts: int
-    budget: int
-    parts: int
-    calls: int
-    gain: float
-    gain_sd: float
-    p_gain: float
-    best_template: str
-    recent: float  # mean reward of the last 20 rollouts
-    seconds: float
-    eta_seconds: float | None
-
-
-@dataclass(frozen=True)
-class PartReport:
-    """What is believed of one part: its value added to the reward, averaged over tasks."""
-
-    part: Part
-    mean: float
-    sd: float
-    p_helps: float
-    rollouts: int
-    chosen: bool
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found. `best_*` is the seed itself while `p_gain` < `confident`; `leader_template` is what leads.
-
-    `gain` and `gain_sd`: posterior of the leader's reward less the seed's; `value`: the leader's expected reward.
-    `history`: (rollouts, gain, p_gain) after each fit. `rows` and `proposals` are what a resumed run needs.
-    """
-
-    seed_template: str
-    best_template: str
-    best_parts: tuple[Part, ...]
-    leader_template: str
-    value: float
-    gain: float
-    gain_sd: float
-    p_gain: float
-    rollouts: int
-    stop: Stop
-    reason: str
-    calls: int
-    parts: tuple[PartReport, ...]
-    rejected: tuple[tuple[str, str], ...]
-    history: tuple[tuple[int, float, float], ...]
-    rows: tuple[Row, ...]
-    proposals: tuple[tuple[Part, ...], ...]
-
-    @property
-    def changed(self) -> bool:
-        """Whether a prompt other than the seed is reported, so that a gate has something to judge."""
-        return self.best_template != self.seed_template
 
 
 async def search(
@@ -175,6 +95,29 @@ async def search(
     run.on_progress = on_progress
     run.train_texts = tuple(train_texts)
     return await run.run()
+
+
+class Factorial:
+    """The engine, with `Params` by name."""
+
+    async def search(self, problem: Problem) -> SearchResult:
+        """See `search`. Blocks leave no agent idle where more run at once than a block has rollouts."""
+        known = {item.name for item in fields(Params)}
+        chosen = {name: value for name, value in problem.params.items() if name in known}
+        block = None if problem.concurrency <= 4 else problem.concurrency
+        params = Params(**{"block": block, **chosen, "budget": problem.budget.rollouts, "seed": problem.seed})
+        return await search(
+            problem.seed_template,
+            problem.tasks,
+            problem.evaluate,
+            problem.proposer,
+            params,
+            problem.on_progress,
+            problem.rows,
+            problem.proposals,
+            budget=problem.budget,
+            train_texts=problem.train_texts,
+        )
 
 
 def template_hash(template: str) -> str:
@@ -327,6 +270,7 @@ class _Search:
             outcome.tokens,
             outcome.seconds,
             paid=not outcome.cached,
+            cost_usd=outcome.cost_usd,
         )
 
     def _learn(self, row: Row, subset: Subset, task: int) -> None:
@@ -335,7 +279,9 @@ class _Search:
             return
         self.rows.append(row)
         self.subsets.append(subset)
-        self.paid += row.paid
+        if row.paid:
+            self.paid += 1
+            self.budget.settle(row.tokens, row.cost_usd, row.seconds)
         self.evidence.add(self.pool.features(subset), task, row.score)
         if row.score < self.params.success:
             feedback = row.feedback or (f"the rollout failed: {row.reason}" if not row.ok else "")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from optimize.apo.factorial import Row
+from optimize.apo.engine import Row
 from optimize.apo.parts import Part
 from optimize.apo.proposers import Proposer, State
 from optimize.dataset import Task
@@ -58,4 +58,5 @@ def row_of(event: Mapping[str, Any], task: Task) -> Row:
         feedback=feedback(task, event["reason"]),
         tokens=tokens([event["input_tokens"], event["output_tokens"]]),
         seconds=float(event["seconds"] or 0.0),
+        cost_usd=event.get("cost_usd"),
     )

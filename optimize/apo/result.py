@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
 
-from optimize.apo.factorial import SearchResult
+from optimize.apo.engine import SearchResult
 from optimize.gate import Verdict
 
 

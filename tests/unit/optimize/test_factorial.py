@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from collector.errors import BadInput
-from optimize.apo.factorial import Params, Progress, SearchResult, search
+from optimize.apo.engine import Progress, SearchResult
+from optimize.apo.factorial import Params, search
 from optimize.apo.parts import Part, make
 from optimize.apo.proposers import Bank, Demonstrations, Example, Failure, State
 from optimize.budget import Budget
