@@ -22,6 +22,7 @@ COMMANDS = {
     "jobs": ("optimize.cli", "jobs_app"),
     "store": ("collector.cli", "store_app"),
     "engine": ("optimize.rl.cli", "engine"),
+    "keys": ("collector.key_cli", "keys_app"),
     "doctor": ("collector.doctor", "doctor"),
 }
 

@@ -113,6 +113,24 @@ def rollback(collector: Service, slot: str, body: bodies.DecisionBody | None = N
     return json_response({"revision": collector.rollback(slot, body or bodies.DecisionBody())})
 
 
+@registry.get("/keys")
+def keys(collector: Service) -> Response:
+    """Every key, without its secret."""
+    return json_response(collector.keys())
+
+
+@registry.post("/keys", status_code=201)
+def create_key(collector: Service, body: bodies.KeyBody) -> Response:
+    """Make a key. The answer is the only place where its secret ever stands."""
+    return json_response(collector.create_key(body), 201)
+
+
+@registry.delete("/keys/{key}")
+def revoke_key(collector: Service, key: str) -> Response:
+    """Revoke the key of that id or name; workers refuse it within a second."""
+    return json_response(collector.revoke_key(key))
+
+
 @registry.get("/slots/{slot}/deployments")
 def log_of_slot(collector: Service, slot: str) -> Response:
     """The audit log of a slot, ascending."""

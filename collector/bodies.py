@@ -52,6 +52,14 @@ class PromoteBody(DecisionBody):
     traffic: float = Field(default=1.0, gt=0, le=1)
 
 
+class KeyBody(Body):
+    """A new key: what it may do, and how much of it."""
+
+    name: Identifier
+    scopes: list[Literal["agent", "reward", "admin"]] = ["agent", "reward"]
+    limits: dict[str, float | None] = Field(default_factory=dict)
+
+
 class QueryBody(Body):
     """One SELECT."""
 
@@ -94,6 +102,7 @@ class EvaluationEvent(Body):
     input_tokens: int | None = None
     output_tokens: int | None = None
     calls: int | None = None
+    cost_usd: float | None = Field(default=None, allow_inf_nan=False)
     model: str | None = None
     ts_ns: int = Field(ge=0, lt=1 << 63)
 

@@ -74,6 +74,18 @@ class Client(Protocol):
         """Back to the arms before the last promote; returns the revision. Raises Conflict when there are none."""
         ...
 
+    def keys(self) -> dict[str, Any]:
+        """{"keys": [...], "required"}: every key without its secret, oldest first."""
+        ...
+
+    def create_key(self, name: str, **body: Any) -> dict[str, Any]:
+        """Make a key with `scopes` and `limits`: {"key_id", "key", ...}; the secret `key` is told this once."""
+        ...
+
+    def revoke_key(self, key: str) -> dict[str, Any]:
+        """Revoke a key by its id or name. Raises NotFound."""
+        ...
+
     def snapshot(self, after: int | None = None, timeout: float = 0) -> dict[str, Any]:
         """The registry; with `after`, waits up to `timeout` seconds for a later revision."""
         ...
@@ -215,6 +227,18 @@ class Remote:
         """See Client."""
         body = {"evidence": evidence, "job_id": job_id, "note": note}
         return int(self._ask("POST", "api", "slots", slot, "rollback", body=body)["revision"])
+
+    def keys(self) -> dict[str, Any]:
+        """See Client."""
+        return _dict(self._ask("GET", "api", "keys"))
+
+    def create_key(self, name: str, **body: Any) -> dict[str, Any]:
+        """See Client."""
+        return _dict(self._ask("POST", "api", "keys", body={"name": name, **body}))
+
+    def revoke_key(self, key: str) -> dict[str, Any]:
+        """See Client."""
+        return _dict(self._ask("DELETE", "api", "keys", key))
 
     def snapshot(self, after: int | None = None, timeout: float = 0) -> dict[str, Any]:
         """See Client."""
@@ -364,6 +388,18 @@ class Local:
         """See Client."""
         body = {"evidence": evidence, "job_id": job_id, "note": note}
         return self.collector.rollback(slot, bodies.check(bodies.DecisionBody, body))
+
+    def keys(self) -> dict[str, Any]:
+        """See Client."""
+        return self.collector.keys()
+
+    def create_key(self, name: str, **body: Any) -> dict[str, Any]:
+        """See Client."""
+        return self.collector.create_key(bodies.check(bodies.KeyBody, {"name": name, **body}))
+
+    def revoke_key(self, key: str) -> dict[str, Any]:
+        """See Client."""
+        return self.collector.revoke_key(key)
 
     def snapshot(self, after: int | None = None, timeout: float = 0) -> dict[str, Any]:
         """See Client. Nobody else can change a store that is open here: never waits."""

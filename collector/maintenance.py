@@ -22,7 +22,7 @@ UNION ALL SELECT 'row', 'reward', count(*) FROM rewards UNION ALL SELECT 'row', 
 UNION ALL SELECT 'row', 'candidate', count(*) FROM candidates
 UNION ALL SELECT 'row', 'deployment', count(*) FROM deployments
 UNION ALL SELECT 'row', 'evaluation', count(*) FROM evaluations UNION ALL SELECT 'row', 'job', count(*) FROM jobs
-UNION ALL SELECT 'row', 'payload', count(*) FROM payloads
+UNION ALL SELECT 'row', 'payload', count(*) FROM payloads UNION ALL SELECT 'row', 'key', count(*) FROM keys
 UNION ALL SELECT 'segment', name, quarantined FROM _segments
 """
 _MANY = 10_000_000

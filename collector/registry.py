@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from collector.errors import BadInput, Conflict, NotFound
+from collector.keys import Keys
 from collector.model import Deployment, Version
 
 Event = tuple[str, dict[str, Any]]
 
 SLOT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-EVENTS = ("version", "candidate", "deployment")
+EVENTS = ("version", "candidate", "deployment", "key")
 _MATCH_ROLES = ("system", "developer", "user")
 
 
@@ -57,6 +58,7 @@ class Registry:
     def __init__(self, events: Iterable[tuple[str, Mapping[str, Any]]] = ()) -> None:
         self._slots: dict[str, _Slot] = {}
         self._log: list[Deployment] = []
+        self.keys = Keys()
         self._snapshot: dict[str, Any] | None = None
         self.serial = 0  # counts every change of the snapshot: deployments, and versions that are not live yet
         for event, fields in events:
@@ -70,13 +72,16 @@ class Registry:
     # Reading
 
     def snapshot(self) -> dict[str, Any]:
-        """What a proxy needs: {"revision", "serial", "slots", "log"}, JSON-safe. Shared: do not change it."""
+        """What a proxy needs: {"revision", "serial", "slots", "log", "keys", "keyed"}, JSON-safe. Shared: do not change
+        it."""
         if self._snapshot is None:
             self._snapshot = {
                 "revision": self.revision,
                 "serial": self.serial,
                 "slots": {name: _slot_for_proxy(slot) for name, slot in self._slots.items() if slot.versions},
                 "log": [_log_for_proxy(deployment) for deployment in self._log],
+                "keys": self.keys.in_force(),
+                "keyed": self.keys.any,
             }
         return self._snapshot
 
@@ -230,6 +235,11 @@ class Registry:
 
     def apply(self, event: str, fields: Mapping[str, Any]) -> None:
         """Fold one stored event; an event that was folded before changes nothing."""
+        if event == "key":
+            self.keys.apply(fields)
+            self._snapshot = None
+            self.serial += 1
+            return
         slot = self._slots.setdefault(fields["slot"], _Slot())
         if event == "candidate":
             slot.candidates[fields["candidate"]] = fields["template"]

@@ -47,12 +47,18 @@ CREATE TABLE IF NOT EXISTS deployments (
 CREATE TABLE IF NOT EXISTS evaluations (
   evaluation_id VARCHAR, job_id VARCHAR, slot VARCHAR, version_hash VARCHAR, task_id VARCHAR, replicate INTEGER,
   arm VARCHAR, subset VARCHAR, episode_id VARCHAR, reward DOUBLE, ok BOOLEAN, reason VARCHAR, answer VARCHAR,
-  seconds DOUBLE, input_tokens BIGINT, output_tokens BIGINT, calls BIGINT, model VARCHAR, ts_ns BIGINT
+  seconds DOUBLE, input_tokens BIGINT, output_tokens BIGINT, calls BIGINT, cost_usd DOUBLE, model VARCHAR,
+  ts_ns BIGINT
 );
 
 CREATE TABLE IF NOT EXISTS jobs (
   job_id VARCHAR, kind VARCHAR, slot VARCHAR, status VARCHAR, spec VARCHAR, progress VARCHAR, result VARCHAR,
   ts_ns BIGINT
+);
+
+-- Keys that were made and revoked. Their secrets are nowhere, only the sha256.
+CREATE TABLE IF NOT EXISTS keys (
+  key_id VARCHAR, action VARCHAR, name VARCHAR, key_sha256 VARCHAR, scopes VARCHAR, limits VARCHAR, ts_ns BIGINT
 );
 
 -- Journal segments as rows: files is a list of paths, size the longest line that may occur
@@ -106,7 +112,7 @@ SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, col
   event: 'VARCHAR', evaluation_id: 'VARCHAR', job_id: 'VARCHAR', slot: 'VARCHAR', version_hash: 'VARCHAR',
   task_id: 'VARCHAR', replicate: 'INTEGER', arm: 'VARCHAR', subset: 'VARCHAR', episode_id: 'VARCHAR',
   reward: 'DOUBLE', ok: 'BOOLEAN', reason: 'VARCHAR', answer: 'VARCHAR', seconds: 'DOUBLE', input_tokens: 'BIGINT',
-  output_tokens: 'BIGINT', calls: 'BIGINT', model: 'VARCHAR', ts_ns: 'BIGINT'
+  output_tokens: 'BIGINT', calls: 'BIGINT', cost_usd: 'DOUBLE', model: 'VARCHAR', ts_ns: 'BIGINT'
 }) WHERE event = 'evaluation';
 
 CREATE OR REPLACE MACRO journal_jobs(files, size) AS TABLE
@@ -114,6 +120,12 @@ SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, col
   event: 'VARCHAR', job_id: 'VARCHAR', kind: 'VARCHAR', slot: 'VARCHAR', status: 'VARCHAR', spec: 'VARCHAR',
   progress: 'VARCHAR', result: 'VARCHAR', ts_ns: 'BIGINT'
 }) WHERE event = 'job';
+
+CREATE OR REPLACE MACRO journal_keys(files, size) AS TABLE
+SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
+  event: 'VARCHAR', key_id: 'VARCHAR', action: 'VARCHAR', name: 'VARCHAR', key_sha256: 'VARCHAR', scopes: 'VARCHAR',
+  limits: 'VARCHAR', ts_ns: 'BIGINT'
+}) WHERE event = 'key';
 
 -- Views
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from collector import adapters, bodies, engines, episodes, journal, otel, redact, registry, results, rewards
+from collector import adapters, bodies, engines, episodes, journal, keys, otel, redact, registry, results, rewards
 from collector.errors import BadInput, Conflict, NotFound, Unavailable
 from collector.loader import Loader
 from collector.model import Version
@@ -273,6 +273,28 @@ class Collector:
                 self._settle()
             except Exception:  # the boundary of this thread: it must outlive whatever an engine answers
                 log.exception("the engines could not be looked after; trying again")
+
+    # Keys
+
+    def keys(self) -> dict[str, Any]:
+        """{"keys": [...], "required"}: every key without its digest, and whether keys are asked for."""
+        with self._lock:
+            return {"keys": self.registry.keys.listed(), "required": self.registry.keys.any}
+
+    def create_key(self, body: bodies.KeyBody) -> dict[str, Any]:
+        """A new key with its secret, which nothing keeps, once on disk. Raises BadInput, Conflict, Unavailable."""
+        with self._lock:
+            first = not self.registry.keys.any
+            secret, key, events = self.registry.keys.create(body.name, tuple(body.scopes), body.limits, time.time_ns())
+            self._commit(events)
+        return {**keys.shown(key), "key": secret, "first": first}
+
+    def revoke_key(self, key: str) -> dict[str, Any]:
+        """The key of that id or name, revoked, once on disk. Raises NotFound, Unavailable."""
+        with self._lock:
+            found, events = self.registry.keys.revoke(key, time.time_ns())
+            self._commit(events)
+            return keys.shown(self.registry.keys.get(found.key_id))
 
     def _commit(self, events: list[registry.Event]) -> None:
         """Journal, wait for the disk, only then apply, publish and tell."""

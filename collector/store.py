@@ -46,6 +46,7 @@ _INSERTS: dict[str, tuple[str, ...]] = {
         QUALIFY row_number() OVER (PARTITION BY evaluation_id ORDER BY ts_ns) = 1""",
     ),
     "job": ("INSERT INTO jobs BY NAME FROM journal_jobs(?, ?)",),
+    "key": ("INSERT INTO keys BY NAME FROM journal_keys(?, ?)",),
 }
 
 _COUNTS = {
@@ -57,12 +58,14 @@ _COUNTS = {
     "deployment": "SELECT count(*), sum(hash(t)) FROM deployments AS t",
     "evaluation": "SELECT count(*), sum(hash(t)) FROM evaluations AS t",
     "job": "SELECT count(*), sum(hash(t)) FROM jobs AS t",
+    "key": "SELECT count(*), sum(hash(t)) FROM keys AS t",
 }
 
 _REGISTRY = {
     "version": "SELECT * FROM versions ORDER BY slot, version",
     "candidate": "SELECT * FROM candidates ORDER BY slot, ts_ns",
     "deployment": "SELECT * FROM deployments ORDER BY revision",
+    "key": "SELECT * FROM keys ORDER BY ts_ns, action",
 }
 
 _STATS = """
@@ -298,9 +301,9 @@ class Store:
     # Reading
 
     def registry_events(self) -> list[tuple[str, dict[str, Any]]]:
-        """Versions, candidates and deployments, in the order in which they can be folded."""
+        """Versions, candidates, deployments and keys, in the order in which they can be folded."""
         return [
-            (event, results.parsed(row, ("match", "metrics", "arms")))
+            (event, results.parsed(row, ("match", "metrics", "arms", "scopes", "limits")))
             for event, statement in _REGISTRY.items()
             for row in self._rows(statement)
         ]

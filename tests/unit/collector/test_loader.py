@@ -50,9 +50,10 @@ def test_every_kind_of_event_arrives_in_its_table(world: World) -> None:
         ("deployment", {"revision": 1, "slot": "s", "action": "initial", "arms": {"1": 1.0}, "ts_ns": 1}),
         ("evaluation", {"evaluation_id": "ev", "slot": "s", "ok": True, "reward": None, "ts_ns": 1}),
         ("job", {"job_id": "j", "kind": "apo", "status": "running", "spec": "{}", "ts_ns": 1}),
+        ("key", {"key_id": "key-1", "action": "create", "name": "bot", "scopes": ["agent"], "limits": {}, "ts_ns": 1}),
         ("something-later", {"a": 1}),
     )
-    assert world.loader.load_once() == 8
+    assert world.loader.load_once() == 9
     assert {name: count for name, (count, _) in world.store.content().items()} == {
         "span": 1,
         "payload": 1,
@@ -62,6 +63,7 @@ def test_every_kind_of_event_arrives_in_its_table(world: World) -> None:
         "deployment": 1,
         "evaluation": 1,
         "job": 1,
+        "key": 1,
     }
     assert world.rows("SELECT arms FROM deployments") == [['{"1":1.0}']]
     assert world.rows("SELECT match FROM versions") == [['{"role":"system"}']]

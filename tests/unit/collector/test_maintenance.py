@@ -23,6 +23,7 @@ def filled(tmp_path: Path) -> Path:
     local = Local(tmp_path, settings(tmp_path))
     local.add_version("s", template="a", metrics={"x": 1})
     local.add_candidate("s", "b")
+    local.create_key("bot")
     local.events([{"event": "job", "job_id": "j", "kind": "apo", "status": "done", "spec": "{}", "ts_ns": 1}])
     local.close()
     return tmp_path
@@ -33,7 +34,7 @@ def test_a_sound_store_verifies(filled: Path) -> None:
     report = verify(filled / "journal", local)
     local.close()
     assert report.ok
-    expected = {"span": 3, "payload": 3, "reward": 2, "version": 1, "candidate": 1, "deployment": 1, "job": 1}
+    expected = {"span": 3, "payload": 3, "reward": 2, "version": 1, "candidate": 1, "deployment": 1, "job": 1, "key": 1}
     assert report.journal == report.store == {**expected, "evaluation": 0}
     assert (report.broken, report.quarantined, report.segments) == (0, 0, 3)
 

@@ -200,6 +200,8 @@ def test_the_snapshot_has_what_a_proxy_needs() -> None:
             }
         },
         "log": [{"revision": 1, "slot": "s", "action": "initial", "ts_ns": 5, "arms": {"1": 1.0}}],
+        "keys": [],
+        "keyed": False,
     }
     assert len(before["slots"]["s"]["versions"]) == 1, "a snapshot given away does not change"
 
