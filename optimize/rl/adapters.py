@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from collector.errors import BadInput
 from optimize.rl.attention import Segment
 
+# Per linear module (A transposed (in, r), B transposed and scaled (r, out)).
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # What PEFT can write and this file does not apply; an adapter that uses one is refused, never half applied.
@@ -35,7 +37,7 @@ class Adapters:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        self._pairs: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._pairs: dict[str, Pairs] = {}
         self._spans: list[tuple[str, slice]] = []
         self._hooked: set[str] = set()
 
@@ -49,13 +51,24 @@ class Adapters:
 
         Raises BadInput when the name is taken, a file is missing or pickled, or the adapter does not fit the model.
         """
+        self.attach(name, self.read(directory))
+
+    def read(self, directory: Path) -> Pairs:
+        """The checked weights of the adapter in `directory`, not served yet. For any thread. Raises BadInput."""
+        return read_adapter(directory, self._linears)
+
+    def attach(self, name: str, pairs: Pairs) -> None:
+        """Serve what `read` gave under a new name. Raises BadInput when the name is taken."""
         if name in self._pairs:
             raise BadInput(f"an adapter `{name}` is loaded already; use a new name", param="adapter")
-        pairs = read_adapter(directory, self._linears)
         for module in pairs.keys() - self._hooked:
             self._linears[module].register_forward_hook(self._hook(module))
             self._hooked.add(module)
         self._pairs[name] = pairs
+
+    def detach(self, name: str) -> None:
+        """Forget an adapter that no row uses any more."""
+        self._pairs.pop(name, None)
 
     def route(self, segments: Sequence[Segment]) -> None:
         """Say which tokens of the next step belong to which adapter."""
@@ -75,7 +88,7 @@ class Adapters:
         return add
 
 
-def read_adapter(directory: Path, linears: dict[str, torch.nn.Module]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def read_adapter(directory: Path, linears: dict[str, torch.nn.Module]) -> Pairs:
     """Per linear module the pair (A transposed (in, r), B transposed and scaled (r, out)). Raises BadInput."""
     scale, rslora = _read_config(directory)
     if not (directory / WEIGHTS).is_file():

@@ -8,11 +8,13 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 
-from collector.errors import RatchetError, Unavailable
+from collector.errors import NotFound, RatchetError, Unavailable
+from optimize.rl.adapters import Pairs
 from optimize.rl.attention import Segment
 from optimize.rl.memory import Memory, Prefixes, shared
 from optimize.rl.model import LanguageModel
@@ -68,6 +70,15 @@ class Row:
         return self.computed < len(self.prompt)
 
 
+@dataclass(frozen=True, eq=False)
+class _Chore:
+    """Work on the model between two steps, once no row uses the adapter `unused`."""
+
+    work: Callable[[], None]
+    done: Future[None]
+    unused: str | None
+
+
 class Batcher:
     """Runs rows on a model, up to `max_batch` at once; at most `max_waiting` more wait."""
 
@@ -79,6 +90,8 @@ class Batcher:
         self._prefixes = Prefixes(prefix_bytes)
         self._waiting: deque[Row] = deque()
         self._active: list[Row] = []
+        self._chores: list[_Chore] = []
+        self._leaving: set[str | None] = set()  # adapters that take no new rows, also after they are gone
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
@@ -96,6 +109,8 @@ class Batcher:
             self._thread.join()
         for row in [*self._active, *self._waiting]:
             row.emit(Unavailable("the engine is shutting down"))
+        for chore in self._chores:
+            chore.done.set_exception(Unavailable("the engine is shutting down"))
 
     @property
     def load(self) -> tuple[int, int]:
@@ -103,8 +118,10 @@ class Batcher:
         return len(self._active), len(self._waiting)
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Queue rows, all or none. Raises Unavailable when too many wait."""
+        """Queue rows, all or none. Raises Unavailable when too many wait, NotFound when their adapter is leaving."""
         with self._wake:
+            if gone := {row.adapter for row in rows} & self._leaving:
+                raise NotFound(f"the model `{gone.pop()}` was unloaded", param="model", code="model_not_found")
             if self._closed or len(self._waiting) + len(rows) > self._max_waiting:
                 raise Unavailable(f"{len(self._waiting)} requests are waiting already; try again later")
             self._waiting.extend(rows)
@@ -115,6 +132,49 @@ class Batcher:
         with self._wake:
             for row in rows:
                 row.cancelled = True
+
+    def attach(self, name: str, pairs: Pairs) -> Future[None]:
+        """Serve an adapter from the next step on."""
+        return self._between(lambda: self._join(name, pairs))
+
+    def detach(self, name: str) -> Future[None]:
+        """Forget an adapter once the last row that uses it has ended; new rows must not name it any more."""
+        with self._wake:
+            self._leaving.add(name)
+        return self._between(lambda: self._forget(name), unused=name)
+
+    def _between(self, work: Callable[[], None], unused: str | None = None) -> Future[None]:
+        done: Future[None] = Future()
+        with self._wake:
+            if self._closed:
+                done.set_exception(Unavailable("the engine is shutting down"))
+            else:
+                self._chores.append(_Chore(work, done, unused))
+                self._wake.notify()
+        return done
+
+    def _join(self, name: str, pairs: Pairs) -> None:
+        self._model.adapters.attach(name, pairs)
+        self._leaving.discard(name)
+
+    def _forget(self, name: str) -> None:
+        self._prefixes.forget(name)
+        self._model.adapters.detach(name)
+
+    def _tidy(self) -> None:
+        """Between two steps: do the chores that are due."""
+        due = [chore for chore in self._chores if not self._used(chore.unused)]
+        for chore in due:
+            self._chores.remove(chore)
+            try:
+                chore.work()
+            except RatchetError as error:
+                chore.done.set_exception(error)
+            else:
+                chore.done.set_result(None)
+
+    def _used(self, adapter: str | None) -> bool:
+        return adapter is not None and any(row.adapter == adapter for row in (*self._active, *self._waiting))
 
     def _run(self) -> None:
         while self._admit():
@@ -137,6 +197,7 @@ class Batcher:
                     if not row.cancelled:
                         row.detokenizer = Detokenizer(self._decode, row.prompt)
                         self._active.append(row)
+                self._tidy()
                 if self._closed:
                     return False
                 if self._active:

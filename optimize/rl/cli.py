@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Option(help=f"`{DEMO_MODEL}`, or a directory of safetensors.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free port; the ready line names it.")]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
-DataDir = Annotated[Path, typer.Option(envvar="RATCHET_DATA_DIR", help="Where the demo model is kept.")]
+DataDir = Annotated[
+    Path, typer.Option(envvar="RATCHET_DATA_DIR", help="Where the demo model and the adapters are kept.")
+]
 NamedAdapter = Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="A LoRA adapter, served as NAME.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: every core this process may use.")]
 MaxBatch = Annotated[int, typer.Option(min=1, help="Answers computed at once.")]
@@ -75,7 +77,8 @@ def _application(
         if alias == name:
             raise BadInput(f"--adapter {alias}: that is the model's own name", param="adapter")
         loaded.adapters.load(alias, path)
-    return name, Engine(loaded, name, max_batch=max_batch).app()
+    root = data_dir / "adapters"
+    return name, Engine(loaded, name, max_batch=max_batch, adapters_root=root, base=directory).app()
 
 
 def model_directory(model: str, data_dir: Path) -> Path:

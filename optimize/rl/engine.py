@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
@@ -21,6 +22,7 @@ from collector.errors import BadInput, NotFound, RatchetError
 from optimize.rl.answers import Answer
 from optimize.rl.batcher import Batcher, Delta, Row
 from optimize.rl.chat import Prompt, render
+from optimize.rl.hotload import HotLoads
 from optimize.rl.model import LanguageModel
 from optimize.rl.sample import Sampling
 from optimize.rl.text import Vocabulary
@@ -35,11 +37,22 @@ LARGEST_BODY = 16 << 20
 class Engine:
     """One model under one or more names: its own, and one per adapter."""
 
-    def __init__(self, model: LanguageModel, name: str, *, max_batch: int = 16) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        name: str,
+        *,
+        max_batch: int = 16,
+        adapters_root: Path | None = None,
+        base: Path | None = None,
+    ) -> None:
+        """`adapters_root`: the folder from which adapters may be loaded while serving; None: from nowhere. `base`: the
+        model's own folder, by which their manifests are checked."""
         self.model, self.name = model, name
         self.batcher = Batcher(model, max_batch=max_batch)
         self._vocabulary = Vocabulary(model.tokenizer)
         self._created = int(time.time())
+        self.loads = HotLoads(model.adapters, self.batcher, name, adapters_root, base)
         self.requests = 0  # calls for an answer that arrived here, refused ones included
 
     def app(self) -> Starlette:
@@ -48,6 +61,8 @@ class Engine:
             Route("/v1/chat/completions", _answered(self.chat), methods=["POST"]),
             Route("/v1/completions", _answered(self.completions), methods=["POST"]),
             Route("/v1/models", _answered(self.models)),
+            Route("/v1/load_lora_adapter", _answered(self.load), methods=["POST"]),
+            Route("/v1/unload_lora_adapter", _answered(self.unload), methods=["POST"]),
             Route("/healthz", _answered(self.health)),
         ]
         return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={404: _not_found, 405: _not_found})
@@ -73,6 +88,14 @@ class Engine:
         names = [self.name, *self.model.adapters.names]
         data = [{"id": name, "object": "model", "created": self._created, "owned_by": "ratchet"} for name in names]
         return _json({"object": "list", "data": data})
+
+    async def load(self, request: Request) -> Response:
+        """POST /v1/load_lora_adapter: vLLM's route and names."""
+        return _json(await self.loads.load(await _body(request)))
+
+    async def unload(self, request: Request) -> Response:
+        """POST /v1/unload_lora_adapter: answers when the last answer with it has ended."""
+        return _json(await self.loads.unload(await _body(request)))
 
     async def health(self, _: Request) -> Response:
         """GET /healthz."""

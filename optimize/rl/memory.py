@@ -104,3 +104,8 @@ class Prefixes:
         self.nbytes += kept.nbytes
         while self.nbytes > self.max_bytes and self._kept:
             self.nbytes -= self._kept.popitem(last=False)[1].nbytes
+
+    def forget(self, adapter: str) -> None:
+        """Drop what was computed with an adapter that is gone."""
+        for key in [key for key in self._kept if key[0] == adapter]:
+            self.nbytes -= self._kept.pop(key).nbytes

@@ -4,8 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
+from safetensors.numpy import save_file
 
 from collector import bodies
 from collector.errors import BadInput, Conflict, NotFound, Unavailable
@@ -364,7 +366,7 @@ def test_kinds_of_versions_do_not_borrow_fields(tmp_path: Path, collector: Colle
 def test_an_adapter_inside_the_data_directory_is_registered(tmp_path: Path, collector: Collector) -> None:
     folder = tmp_path / "adapters" / "a1"
     folder.mkdir(parents=True)
-    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    save_file({"lora_A": np.ones(3, np.float32)}, folder / "adapter_model.safetensors")
     body = bodies.VersionBody(kind="adapter", base_model="gemma", path="a1")
     assert collector.add_version("q", body)["version"] == 1
     assert collector.slots()[0]["live"] == {}

@@ -21,9 +21,10 @@ IDS = [5, 77, 130, 9, 42, 201]
 
 def made(directory: Path, seed: int = 1, **options: Any) -> Any:
     """A saved adapter with random weights, and PEFT's own model of it."""
-    torch.manual_seed(seed)
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **options)
-    model = get_peft_model(tiny_gemma(), config)
+    base = tiny_gemma()
+    torch.manual_seed(seed)
+    model = get_peft_model(base, config)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, 0, 0.1)
