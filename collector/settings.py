@@ -32,13 +32,25 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+class Limits(Section):
+    """How much a key may use; None: as much as it likes. Minutes are clock minutes, days are UTC's."""
+
+    requests_per_minute: int | None = Field(default=None, gt=0)
+    concurrent: int | None = Field(default=None, gt=0)
+    tokens_per_day: int | None = Field(default=None, gt=0)
+    tokens_total: int | None = Field(default=None, gt=0)
+    usd_per_day: float | None = Field(default=None, gt=0)
+    usd_total: float | None = Field(default=None, gt=0)
+
+
 class Key(Section):
-    """A Ratchet key: given as it is or by its sha256, with what it may do."""
+    """A Ratchet key: given as it is or by its sha256, with what it may do, and how much of it."""
 
     name: str
     key: str | None = None
     key_sha256: str | None = Field(default=None, pattern="^[0-9a-fA-F]{64}$")
     scopes: frozenset[Literal["agent", "reward", "admin"]] = frozenset({"agent"})
+    limits: Limits = Limits()
 
     @model_validator(mode="after")
     def _one_of(self) -> "Key":

@@ -26,7 +26,7 @@ class App:
     def __init__(
         self, settings: Settings, journal: Journal, versions: Versions, upstream: Upstream, table: Table, cold: Any
     ) -> None:
-        self._guard = Guard(settings.server)
+        self._guard = Guard(settings.server, versions)
         self._cold = cold
         self._relay = Relay(
             upstream,

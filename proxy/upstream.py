@@ -38,7 +38,8 @@ _VISIBLE = "".join(map(chr, range(0x21, 0x7F)))
 @dataclass(frozen=True)
 class Target:
     """Where a call goes. `model`: the name to send instead of the client's. `headers`: credentials of the config, which
-    replace the client's. `params`: LiteLLM's, for a provider that needs translation; None for a raw relay."""
+    replace the client's where the target is `own` or the client's is a Ratchet key. `params`: LiteLLM's, for a provider
+    that needs translation; None for a raw relay."""
 
     base: str
     provider: str
@@ -102,14 +103,13 @@ class Upstream:
 
     def __init__(self, settings: Settings, environ: Mapping[str, str] | None = None) -> None:
         env = os.environ if environ is None else environ
-        keyed = bool(settings.server.keys)
         self._settings = settings.upstream
         self._defaults = {
-            "openai": _default(settings.upstream.default, keyed, _bearer(env.get("OPENAI_API_KEY"))),
-            "anthropic": _default(settings.upstream.anthropic, keyed, _anthropic_key(env.get("ANTHROPIC_API_KEY"))),
+            "openai": _default(settings.upstream.default, _bearer(env.get("OPENAI_API_KEY"))),
+            "anthropic": _default(settings.upstream.anthropic, _anthropic_key(env.get("ANTHROPIC_API_KEY"))),
         }
         self._entries: dict[str, ModelEntry] = {}
-        for entry in settings.model_list:
+        for entry in settings.models:
             self._entries.setdefault(entry.model_name, entry)
         self._targets = {name: _target(entry, env) for name, entry in self._entries.items()}
         self._urls: dict[tuple[str, str], URL] = {}
@@ -237,14 +237,15 @@ def headers_for(target: Target, given: list[Header], *, keyed: bool, unpacked: b
             continue
         sent.append((name, value))
     sent.append((b"accept-encoding", b"identity"))
-    sent.extend((name.encode("latin-1"), value.encode("latin-1")) for name, value in target.headers)
+    if own:
+        sent.extend((name.encode("latin-1"), value.encode("latin-1")) for name, value in target.headers)
     return sent
 
 
-def _default(base: str, keyed: bool, headers: tuple[tuple[str, str], ...]) -> Target:
-    """The client's own key goes along, unless it is a Ratchet key: then the environment's does."""
+def _default(base: str, headers: tuple[tuple[str, str], ...]) -> Target:
+    """The client's own key goes along, unless it is a Ratchet key: then `headers`, the environment's, do."""
     host = urlsplit(base).hostname or ""
-    return Target(base, _HOSTS.get(host, host), own=keyed, headers=headers if keyed else (), proxy=_proxy(base))
+    return Target(base, _HOSTS.get(host, host), headers=headers, proxy=_proxy(base))
 
 
 def _target(entry: ModelEntry, env: Mapping[str, str]) -> Target:

@@ -42,6 +42,16 @@ class Known(NamedTuple):
     last: str
 
 
+class Grant(NamedTuple):
+    """A key in force: what spans call it, what it may do, and how much of it (name of the limit, value)."""
+
+    ident: str
+    name: str
+    key_sha256: str
+    scopes: frozenset[str]
+    limits: tuple[tuple[str, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class Slot:
     """One prompt slot: its texts by version, where it may be matched, and its arms over time."""
@@ -79,6 +89,8 @@ class Snapshot:
     slots: dict[str, Slot] = field(default_factory=dict)
     exact: dict[str, tuple[Known, ...]] = field(default_factory=dict)
     templates: tuple[Known, ...] = ()
+    keys: tuple[Grant, ...] = ()
+    keyed: bool = False  # whether a key was ever made: then they are asked for
 
     def assign(self, episode_id: str, revision: int) -> dict[str, Choice]:
         """The choice of each slot that has arms at `revision`."""
@@ -102,8 +114,18 @@ def build(raw: dict[str, Any]) -> Snapshot:
                 templates.append(known)
     templates.sort(key=lambda known: -sum(map(len, template.split(known.template)[0])))
     return Snapshot(
-        int(raw["revision"]), slots, {text: tuple(found) for text, found in exact.items()}, tuple(templates)
+        int(raw["revision"]),
+        slots,
+        {text: tuple(found) for text, found in exact.items()},
+        tuple(templates),
+        tuple(_grant(key) for key in raw.get("keys", ())),
+        bool(raw.get("keyed", False)),
     )
+
+
+def _grant(key: dict[str, Any]) -> Grant:
+    limits = tuple(sorted((str(name), float(value)) for name, value in key["limits"].items()))
+    return Grant(key["key_id"], key["name"], key["key_sha256"], frozenset(key["scopes"]), limits)
 
 
 def _slot(name: str, entry: dict[str, Any], audit: list[dict[str, Any]]) -> Slot:

@@ -102,7 +102,7 @@ async def serve(spec: Spec, ready: Any) -> None:
     versions.load_cache()
     journal = Journal(data_dir / FOLDER, f"worker{spec.index}")
     with _table(data_dir, spec.runtime) as table, socket.socket(fileno=spec.listen_fd) as listener:
-        guard = Guard(settings.server)
+        guard = Guard(settings.server, versions)
         context = Context(settings, journal, versions, upstream, link, guard, spec.runtime, spec.index)
         server = Server(_config(App(settings, journal, versions, upstream, table, cold(context)), context))
         _obey(server, context, spec.alive_fd, spec.runtime)

@@ -14,8 +14,9 @@ from proxy.auth import Guard
 from proxy.errors import BadRequest, Forbidden, HeadersTooLarge, Overloaded, Unauthorized
 from proxy.limits import Calls
 from proxy.upstream import Upstream, headers_for
+from proxy.versions import Grant, Snapshot, Versions
 from tests.fake_upstream import FakeUpstream, json_reply
-from tests.unit.proxy.harness import worker
+from tests.unit.proxy.harness import Registry, worker
 
 KEYS = [
     {"name": "bot", "key": "rk-agent"},
@@ -69,6 +70,47 @@ def test_keys_are_checked_with_their_scopes() -> None:
         with pytest.raises(Unauthorized, match="a Ratchet key is needed"):
             keyed.authorise(bad, "agent")
     assert guard().authorise({}, "admin") is None
+
+
+def made(ident: str, secret: bytes, *scopes: str) -> Grant:
+    return Grant(ident, ident, sha256(secret).hexdigest(), frozenset(scopes))
+
+
+def test_keys_that_are_made_and_revoked_count_from_the_snapshot_that_says_so() -> None:
+    versions = Versions(Registry().fetch, Path("unused"))
+    watched = Guard(Settings().server, versions)
+    assert watched.authorise({}, "agent") is None
+    assert not watched.keyed
+    versions.current = Snapshot(1, keys=(made("key-1", b"one", "agent"),), keyed=True)
+    assert watched.keyed
+    assert watched.authorise({b"authorization": b"Bearer one"}, "agent") == "key-1"
+    with pytest.raises(Unauthorized):
+        watched.authorise({}, "agent")
+    versions.current = Snapshot(2, keyed=True)
+    with pytest.raises(Unauthorized):
+        watched.authorise({b"authorization": b"Bearer one"}, "agent")
+
+
+def test_on_loopback_admin_stays_open_until_a_key_may_do_it() -> None:
+    versions = Versions(Registry().fetch, Path("unused"))
+    versions.current = Snapshot(1, keys=(made("key-1", b"one", "agent"),), keyed=True)
+    assert Guard(Settings().server, versions).authorise({}, "admin") is None
+    outside = Settings.model_validate({"server": {"host": "0.0.0.0", "keys": KEYS[:1]}}).server
+    with pytest.raises(Unauthorized):
+        Guard(outside, versions).authorise({}, "admin")
+    versions.current = Snapshot(2, keys=(made("key-2", b"two", "admin"),), keyed=True)
+    boss = Guard(Settings().server, versions)
+    with pytest.raises(Unauthorized):
+        boss.authorise({}, "admin")
+    assert boss.authorise({b"authorization": b"Bearer two"}, "admin") == "key-2"
+
+
+def test_configured_keys_keep_working_beside_made_ones() -> None:
+    versions = Versions(Registry().fetch, Path("unused"))
+    versions.current = Snapshot(1, keys=(made("key-1", b"one", "agent"),), keyed=True)
+    both = Guard(Settings.model_validate({"server": {"keys": KEYS}}).server, versions)
+    assert both.authorise({b"authorization": b"Bearer one"}, "agent") == "key-1"
+    assert both.authorise({b"authorization": b"Bearer rk-agent"}, "agent") == "bot"
 
 
 @pytest.mark.parametrize("given", [{}, {b"authorization": b""}, {b"authorization": b"Bearer "}, {b"x-api-key": b" "}])

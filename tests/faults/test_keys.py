@@ -1,0 +1,63 @@
+"""Keys made and revoked while two workers serve: who has none is refused, and no file ever holds the secret."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+from tests.fake_upstream import FakeUpstream
+from tests.served import Served, run_ratchet, served
+
+BODY = {"model": "fake-model", "messages": [{"role": "user", "content": "Capital of France?"}]}
+
+
+def call(server: Served, key: str | None) -> httpx.Response:
+    """One call over a connection of its own, so that any worker may get it."""
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.post(f"{server.url}/v1/chat/completions", json=BODY, headers=headers)
+
+
+def always(answers: Callable[[], int], status: int, seconds: float = 5.0) -> float:
+    """Until eight answers in a row have the status; how long that took."""
+    began, found, last = time.monotonic(), 0, time.monotonic()
+    while found < 8:
+        found = found + 1 if answers() == status else 0
+        last = last if found else time.monotonic()
+        assert time.monotonic() - began < seconds
+    return last - began
+
+
+def test_a_key_is_needed_once_one_exists_and_a_revoked_one_is_refused_within_a_second(tmp_path: Path) -> None:
+    with FakeUpstream() as upstream, served(tmp_path / "data", upstream.url, "--workers", "2") as server:
+        assert call(server, None).status_code == 200
+        where = ("--url", server.url)
+        printed = run_ratchet("keys", "create", "bot", *where)
+        assert printed.returncode == 0, printed.stderr
+        assert "first key" in printed.stdout
+        first = next(word for word in printed.stdout.split() if word.startswith("sk-rt-"))
+        always(lambda: call(server, None).status_code, 401)
+        second = json.loads(run_ratchet("keys", "create", "other", "--scope", "agent", "--json", *where).stdout)
+        always(lambda: call(server, second["key"]).status_code, 200)
+        answer = call(server, first)
+        assert answer.status_code == 200
+        assert upstream.requests[-1].headers.get("authorization") is None
+
+        revoked = run_ratchet("keys", "revoke", "bot", *where)
+        assert revoked.returncode == 0, revoked.stderr
+        assert always(lambda: call(server, first).status_code, 401) < 1.0
+        assert call(server, second["key"]).status_code == 200
+
+        listed = json.loads(run_ratchet("keys", "list", "--json", *where).stdout)
+        assert [(key["name"], key["revoked_ns"] is None) for key in listed["keys"]] == [("bot", False), ("other", True)]
+        assert run_ratchet("keys", "revoke", "nobody", *where).returncode == 1
+        assert run_ratchet("keys", "create", "x", "--scope", "root", *where).returncode == 2
+        server.client.flush()
+        spans = server.client.query("SELECT attributes FROM spans_v WHERE attributes IS NOT NULL", limit=1000)["rows"]
+        found = {json.loads(text)["key"] for (text,) in spans}
+        assert found == {listed["keys"][0]["key_id"], second["key_id"]}
+        log = server.log
+    held = [path for path in (*(tmp_path / "data").rglob("*"), log) if path.is_file()]
+    secrets = (first.encode(), second["key"].encode())
+    assert not [path for path in held for secret in secrets if secret in path.read_bytes()]
