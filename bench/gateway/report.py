@@ -1,0 +1,108 @@
+"""The table and the picture."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+
+from bench.gateway import figures
+from bench.gateway.payloads import scenarios
+from bench.gateway.rounds import Samples
+from bench.gateway.stage import TITLES, Stage
+from bench.gateway.stats import Figure
+from bench.result import Result, machine
+
+# What a column shows: (heading, scenario, measure, form)
+COLUMNS = (
+    ("JSON c=16, CPU µs", "json_c16", "cpu_us", "{:,.0f}"),
+    ("6 KB c=16, CPU µs", "json_6kb", "cpu_us", "{:,.0f}"),
+    ("SSE c=4, CPU µs", "sse_unpaced", "cpu_us", "{:,.0f}"),
+    ("SSE paced c=16, CPU µs", "sse_paced", "cpu_us", "{:,.0f}"),
+    ("JSON c=1, CPU µs", "json_c1", "cpu_us", "{:,.0f}"),
+    ("RPS c=16", "json_c16", "rps", "{:,.0f}"),
+    ("added p50 c=1, ms", "json_c1", "added_p50_ms", "{:.2f}"),
+    ("added p99 c=1, ms", "json_c1", "added_p99_ms", "{:.2f}"),
+    ("added TTFT c=4, ms", "sse_unpaced", "added_ttft_ms", "{:.2f}"),
+)
+_PICTURED = ("floor", "ours", "tensorzero", "portkey", "litellm")
+
+
+def markdown(result: Result, samples: Samples, stage: Stage, memory: Mapping[str, int]) -> str:
+    """The tables: figures by target, ratios beside their bounds, and how it was measured."""
+    return "\n".join([*_figures(samples, stage, memory), "", *_bounds(result), "", *_notes(result, stage), ""])
+
+
+def _figures(samples: Samples, stage: Stage, memory: Mapping[str, int]) -> list[str]:
+    heads = ["", *(column[0] for column in COLUMNS), "RSS of the tree, MB", "boot, s"]
+    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, title in TITLES.items():
+        if name in stage.absent:
+            rows.append(f"| {title} | absent: {stage.absent[name]} |")
+        elif name in memory:
+            cells = [cell(figures.shown(samples, column[1], name, column[2]), column[3]) for column in COLUMNS]
+            boots = stage.boots.get(name)
+            cells += [f"{memory[name] / 1e6:,.0f}", f"{median(boots):.1f}" if boots else ""]
+            rows.append(f"| {title} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def cell(figure: Figure | None, form: str) -> str:
+    """The median and, in brackets, what the rounds lay between."""
+    if figure is None:
+        return "-"
+    return f"{form.format(figure.median)} ({form.format(figure.low)}..{form.format(figure.high)})"
+
+
+def _bounds(result: Result) -> list[str]:
+    rows = ["| measure | value | rounds | must | met |", "|---|---|---|---|---|"]
+    met = result.met()
+    for name in dict.fromkeys([*result.must, *result.measures]):
+        value, spread = result.measures.get(name), result.notes["spread"].get(name)
+        bound = f"{result.must[name][0]} {result.must[name][1]:.3g}" if name in result.must else ""
+        row = [name, "not measured" if value is None else f"{value:.3g}"]
+        row += [f"{spread[0]:.3g}..{spread[1]:.3g}" if spread else "", bound]
+        rows.append("| " + " | ".join([*row, "" if name not in met else "yes" if met[name] else "no"]) + " |")
+    return rows
+
+
+def _notes(result: Result, stage: Stage) -> list[str]:
+    notes, load = result.notes, result.notes["load_average"]
+    lines = [f"{notes['rounds']} interleaved rounds, medians (lowest..highest); {machine()['cpus']} CPUs."]
+    if load:
+        lines.append(f"Load average meanwhile {load['low']:.1f} to {load['high']:.1f}, median {load['median']:.1f}.")
+    kept = notes["integrity"]
+    if kept:
+        lines.append(
+            f"Ours: {kept['sent']:,} calls sent, {kept['lines']:,} journal lines, {kept['spans']:,} spans, "
+            f"{kept['distinct']:,} distinct, {kept['injected']:,} with the promoted prompt."
+        )
+    lines += [f"{what}: failed, not counted: {why}" for what, why in notes["failed"].items()]
+    return [f"- {line}" for line in lines]
+
+
+def picture(samples: Samples, path: Path) -> None:
+    """CPU time a call by scenario and gateway, on a logarithmic axis, as SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4.2))
+    names = [name for name in _PICTURED if samples.of("json_c16", name, "cpu_us")]
+    width = 0.8 / max(len(names), 1)
+    for place, name in enumerate(names):
+        for group, scenario in enumerate(scenarios()):
+            value = figures.shown(samples, scenario.name, name, "cpu_us")
+            if value is None:
+                continue
+            at = group + (place - (len(names) - 1) / 2) * width
+            label = TITLES[name] if group == 0 else None
+            axes.bar(at, value.median, width * 0.95, color=f"C{_PICTURED.index(name)}", label=label)
+            axes.vlines(at, value.low, value.high, color="black", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(scenarios())), [scenario.title for scenario in scenarios()])
+    axes.set_ylabel("CPU µs a call, whole process tree")
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
