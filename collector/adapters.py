@@ -18,6 +18,11 @@ _FLOATS = {
 }
 
 
+def served_name(slot: str, version: int, content: str) -> str:
+    """The model name under which engines serve a version; `content` is its hash."""
+    return f"{slot}@{version}-{content}"
+
+
 def content_hash(path: str, base_model: str, root: Path) -> str:
     """First 12 hex digits of the sha256 over the base model's name and the folder's files.
 

@@ -39,11 +39,6 @@ class Served(NamedTuple):
     path: Path
 
 
-def served_name(slot: str, version: int, content: str) -> str:
-    """The model name under which engines serve a version; `content` is its hash."""
-    return f"{slot}@{version}-{content}"
-
-
 class Engine(Protocol):
     """What is asked of an engine. Every call raises EngineFailed; none is made on an event loop."""
 

@@ -253,7 +253,7 @@ class Collector:
             self._engines.ready(self._served(slot, number, version["hash"], version["base_model"], version["path"]))
 
     def _served(self, slot: str, number: int, content: str, base_model: str, path: str) -> engines.Served:
-        name = engines.served_name(slot, number, content)
+        name = adapters.served_name(slot, number, content)
         return engines.Served(base_model, name, (self.data_dir / "adapters" / path).resolve())
 
     def _settle(self) -> None:

@@ -5,14 +5,14 @@ import logging
 import orjson
 
 from collector.errors import NotFound
-from proxy import inject, metrics, slots
+from proxy import adapters, inject, metrics, slots
 from proxy import table as tables
 from proxy.dialects.base import Json
 from proxy.paths import pinned
 from proxy.record import Applied, Call
 from proxy.slots import Match
 from proxy.table import Table
-from proxy.versions import Snapshot, Versions
+from proxy.versions import Slot, Snapshot, Versions
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class Prompts:
         pins = pinned(call.route.pins)
         texts = {slot: await self._pinned(slot, version) for slot, version in pins.items()}
         snapshot, revision = await self._snapshot(call.identity.episode_id)
+        if snapshot.adapters:
+            call.adapter = adapters.deal(snapshot, call.reading.model, pins, call.identity.episode_id, revision)
         wanted = {*pins, *((named,) if named else ())}
         only = wanted if named else None
         matches = slots.find(snapshot, call.reading.prompts, call.reading.model, only=only, prefer=pins)
@@ -67,7 +69,8 @@ class Prompts:
                     self._inject(call, body, match, snapshot.slots[slot].texts[choice.version], served)
         if call.reading.prompts and not matches:
             metrics.UNMATCHED.inc()
-        for _ in wanted - {match.known.slot for match in matches}:
+        found = {match.known.slot for match in matches} | ({call.adapter.slot} if call.adapter else set())
+        for _ in wanted - found:
             metrics.FAIL_OPEN.labels("not_matched").inc()
 
     async def _snapshot(self, episode_id: str) -> tuple[Snapshot, int]:
@@ -85,20 +88,24 @@ class Prompts:
             text = await self._text(slot, version)
         if text is not None:
             return text
-        known = self._versions.current.slots.get(slot)
+        known = self._known(slot)
         if known is None:
-            raise NotFound(f"there is no prompt slot `{slot}`", param="with", code="slot_not_found")
+            raise NotFound(f"there is no slot `{slot}`", param="with", code="slot_not_found")
         have = ", ".join(str(number) for number in sorted(known.texts))
         message = f"slot `{slot}` has no version `{version}`; it has {have}"
         raise NotFound(message, param="with", code="version_not_found")
 
     async def _text(self, slot: str, version: str) -> str | None:
-        known = self._versions.current.slots.get(slot)
+        known = self._known(slot)
         if known is None:
             return None
         if version.startswith("c-"):
             return await self._versions.candidate(slot, version)
         return known.texts.get(int(version))
+
+    def _known(self, slot: str) -> Slot | None:
+        snapshot = self._versions.current
+        return snapshot.slots.get(slot) or snapshot.adapters.get(slot)
 
     def _inject(self, call: Call, body: Body, match: Match, text: str, served: Applied) -> None:
         metrics.MATCHED.inc()

@@ -1,6 +1,7 @@
 """From a call to its journal line: written once, before the last byte of the answer."""
 
 import logging
+import math
 import re
 import secrets
 import time
@@ -34,6 +35,7 @@ class Applied(NamedTuple):
     candidate: str | None
     propensity: float
     values: dict[str, str]
+    served: str | None = None  # an adapter's name at its engine
 
     @property
     def label(self) -> str:
@@ -56,6 +58,7 @@ class Call:
     body: Json | None = None  # the request as it went upstream, parsed
     reading: Reading = field(default_factory=Reading)
     applied: list[Applied] = field(default_factory=list)
+    adapter: Applied | None = None
     provider: str | None = None
     attempts: int = 1
     request_bytes: int = 0
@@ -90,12 +93,17 @@ class Call:
         """How it went."""
         self.status, self.error_type = status, error_type
 
+    @property
+    def served(self) -> list[Applied]:
+        """Every version that this call was served."""
+        return [*self.applied, self.adapter] if self.adapter else self.applied
+
     def headers(self) -> list[Header]:
         """What every recorded call answers."""
         return [
             (b"x-ratchet-episode", self.identity.episode_id.encode()),
             (b"x-ratchet-span", self.span_id.encode()),
-            (b"x-ratchet-versions", ",".join(one.label for one in self.applied).encode()),
+            (b"x-ratchet-versions", ",".join(one.label for one in self.served).encode()),
         ]
 
 
@@ -164,7 +172,9 @@ def exchange(call: Call, seconds: float) -> Exchange:
         prompt_slot=first.slot if first else None,
         prompt_version=first.version if first else None,
         prompt_candidate=first.candidate if first else None,
-        propensity=first.propensity if first else None,
+        adapter_slot=call.adapter.slot if call.adapter else None,
+        adapter_version=call.adapter.version if call.adapter else None,
+        propensity=_propensity(first, call.adapter),
         request_bytes=call.request_bytes,
         response_bytes=call.response_bytes,
         input_messages=_payload(call.dialect.messages(body) or None),
@@ -174,6 +184,12 @@ def exchange(call: Call, seconds: float) -> Exchange:
         logprobs=_payload(summary.logprobs),
         attributes=_payload(_attributes(call, body) or None),
     )
+
+
+def _propensity(*served: Applied | None) -> float | None:
+    """Of the recorded versions together: slots are dealt independently."""
+    known = [one.propensity for one in served if one is not None]
+    return math.prod(known) if known else None
 
 
 def _attributes(call: Call, body: Json) -> Json:

@@ -47,13 +47,15 @@ class Answer(Protocol):
 class HangUp:
     """While it is entered, a client that goes away cancels the block, which then ends in ClientGone."""
 
-    def __init__(self, receive: Any) -> None:
-        self._receive = receive
+    def __init__(self, connection: Cycle) -> None:
+        self._connection = connection
         self._gone = False
 
     def __enter__(self) -> Self:
         self._block = asyncio.current_task()
-        self._watch = asyncio.ensure_future(self._wait())
+        self._connection.on_gone = self._cancel
+        if self._connection.disconnected:
+            self._cancel()
         return self
 
     def __exit__(
@@ -61,17 +63,14 @@ class HangUp:
     ) -> None:
         self.release()
         if self._gone and self._block is not None:
-            if kind is not None and issubclass(kind, asyncio.CancelledError):
-                self._block.uncancel()
+            self._block.uncancel()
             raise ClientGone from None
 
     def release(self) -> None:
-        """Stops watching: the server reports a finished answer in the same way as a client that left."""
-        self._watch.cancel()
+        """Stops watching: from here on the answer is written, whether somebody hears it or not."""
+        self._connection.on_gone = None
 
-    async def _wait(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    def _cancel(self) -> None:
         self._gone = True
         if self._block is not None:
             self._block.cancel()
@@ -180,8 +179,9 @@ class Relay:
         await self._prompts.apply(call, body, _text(headers.get(b"x-ratchet-slot")))
         target = self._upstream.route(_service(call), call.reading.model)
         call.provider = target.provider
-        if target.model is not None and body.parsed is not None:
-            body.raw = inject.replace(body.raw, body.parsed, ("model",), target.model)
+        model = call.adapter.served if call.adapter else target.model
+        if model is not None and body.parsed is not None:
+            body.raw = inject.replace(body.raw, body.parsed, ("model",), model)
         sent = headers_for(target, given, keyed=self._guard.keyed, unpacked=plain is not None)
         query = scope.get("query_string", b"").decode("latin-1")
         return Request(target, scope["method"], call.route.tail, query, sent, body.raw)

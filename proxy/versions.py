@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from collector import template
+from collector.adapters import served_name
 from collector.errors import RatchetError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ class Grant(NamedTuple):
 
 @dataclass(frozen=True)
 class Slot:
-    """One prompt slot: its texts by version, where it may be matched, and its arms over time."""
+    """One slot: its texts by version, where it may be matched, and its arms over time. The text of an adapter's version
+    is the name by which engines serve it."""
 
     name: str
     texts: dict[int, str]
@@ -83,7 +85,7 @@ class Slot:
 @dataclass(frozen=True)
 class Snapshot:
     """All slots at one revision. `exact` finds versions by their literal text; `templates` are those with variables,
-    the most specific (most literal text) first."""
+    the most specific (most literal text) first. `slots` are those of prompts, `adapters` the others."""
 
     revision: int = 0
     slots: dict[str, Slot] = field(default_factory=dict)
@@ -91,6 +93,7 @@ class Snapshot:
     templates: tuple[Known, ...] = ()
     keys: tuple[Grant, ...] = ()
     keyed: bool = False  # whether a key was ever made: then they are asked for
+    adapters: dict[str, Slot] = field(default_factory=dict)
 
     def assign(self, episode_id: str, revision: int) -> dict[str, Choice]:
         """The choice of each slot that has arms at `revision`."""
@@ -103,8 +106,10 @@ def build(raw: dict[str, Any]) -> Snapshot:
     slots: dict[str, Slot] = {}
     exact: dict[str, list[Known]] = {}
     templates: list[Known] = []
+    adapters: dict[str, Slot] = {}
     for name, entry in raw["slots"].items():
         if entry["kind"] != "prompt":
+            adapters[name] = _adapter(name, entry, raw["log"])
             continue
         slots[name] = _slot(name, entry, raw["log"])
         for version, text in slots[name].texts.items():
@@ -120,12 +125,22 @@ def build(raw: dict[str, Any]) -> Snapshot:
         tuple(templates),
         tuple(_grant(key) for key in raw.get("keys", ())),
         bool(raw.get("keyed", False)),
+        adapters,
     )
 
 
 def _grant(key: dict[str, Any]) -> Grant:
     limits = tuple(sorted((str(name), float(value)) for name, value in key["limits"].items()))
     return Grant(key["key_id"], key["name"], key["key_sha256"], frozenset(key["scopes"]), limits)
+
+
+def _adapter(name: str, entry: dict[str, Any], audit: list[dict[str, Any]]) -> Slot:
+    versions = [
+        {"version": version["version"], "template": served_name(name, version["version"], version["hash"])}
+        for version in entry["versions"]
+    ]
+    match = {"model": (entry.get("match") or {}).get("model") or entry["versions"][-1]["base_model"]}
+    return _slot(name, {"versions": versions, "match": match}, audit)
 
 
 def _slot(name: str, entry: dict[str, Any], audit: list[dict[str, Any]]) -> Slot:

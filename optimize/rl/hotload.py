@@ -1,10 +1,12 @@
 """Adapters that come and go while the engine serves: checked first, then attached between two steps, never replaced.
 
-A name is loaded once. What is served under it never changes, so a version that was recorded is the one that answered
-(reloading under the same name has left servers answering from stale caches: vllm-project/vllm#42125).
+What is served under a name never changes, so a version that was recorded is the one that answered: a name that was
+unloaded may come back, with the same weights only (other weights under an old name have left servers answering from
+stale caches: vllm-project/vllm#42125).
 """
 
 import asyncio
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ class HotLoads:
     def __init__(self, adapters: Adapters, batcher: Batcher, name: str, root: Path | None, base: Path | None) -> None:
         """`root`: the folder of adapters, None for none; `base`: the model's own, by which manifests are checked."""
         self._adapters, self._batcher, self._root, self._base = adapters, batcher, root, base
-        self._used: set[str] = {name, *adapters.names}
+        self._used: dict[str, str | None] = dict.fromkeys((name, *adapters.names))  # name -> sha256 of its weights
         self._loading = asyncio.Lock()
 
     async def load(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -36,11 +38,11 @@ class HotLoads:
             raise BadInput("lora_name: must be 1 to 128 of A-Z a-z 0-9 . _ @ : -", param="lora_name")
         folder = self._inside(path)
         async with self._loading:
-            if name in self._used:
-                raise Conflict(f"lora_name: `{name}` is or was served here; use a new name", param="lora_name")
-            pairs = await asyncio.to_thread(self._read, folder)
+            pairs, content = await asyncio.to_thread(self._read, folder)
+            if name in self._adapters.names or self._used.get(name, content) != content:
+                raise Conflict(f"lora_name: `{name}` is or was something else here; use a new name", param="lora_name")
             await asyncio.wrap_future(self._batcher.attach(name, pairs))
-            self._used.add(name)
+            self._used[name] = content
         return {"status": "loaded", "lora_name": name}
 
     async def unload(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -51,11 +53,15 @@ class HotLoads:
         await asyncio.wrap_future(self._batcher.detach(name))
         return {"status": "unloaded", "lora_name": name}
 
-    def _read(self, folder: Path) -> Pairs:
-        """The weights, checked against the manifest where there is one, and against the model in any case."""
+    def _read(self, folder: Path) -> tuple[Pairs, str]:
+        """The weights, checked against the manifest where there is one, and against the model in any case; and a hash
+        of what they are."""
         if self._root is not None and (folder / stored.MANIFEST).exists():
             stored.verify(folder, root=self._root, base=self._base)
-        return self._adapters.read(folder)
+        pairs = self._adapters.read(folder)
+        digest = hashlib.sha256((folder / stored.CONFIG).read_bytes())
+        digest.update((folder / stored.WEIGHTS).read_bytes())
+        return pairs, digest.hexdigest()
 
     def _inside(self, path: str) -> Path:
         if self._root is None:

@@ -49,8 +49,10 @@ def test_a_version_without_share_is_never_dealt() -> None:
 
 def test_adapters_are_no_prompts() -> None:
     raw = registry("a").snapshot()
-    raw["slots"]["lora"] = {"kind": "adapter", "match": {}, "versions": [{"version": 1, "path": "p"}]}
+    version = {"version": 1, "path": "p", "base_model": "gemma", "hash": "0123456789ab"}
+    raw["slots"]["lora"] = {"kind": "adapter", "match": {}, "versions": [version]}
     assert set(build(raw).slots) == {"s"}
+    assert build(raw).adapters["lora"].texts == {1: "lora@1-0123456789ab"}
 
 
 def match(made: Registry, text: str, role: str = "system", model: str | None = "m", **how: Any) -> list[Any]:

@@ -98,13 +98,16 @@ def test_unloading_waits_for_the_last_answer(url: str, root: Path) -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"]) == whole
 
 
-def test_a_name_is_never_used_twice(url: str, root: Path) -> None:
+def test_a_name_is_never_used_for_something_else(url: str, root: Path) -> None:
     load(url, "one", root / "a1")
+    expected = answer(url, "one")
     for name in ("one", "tiny"):
         assert load(url, name, root / "a2").status_code == 409
     post(url, "unload_lora_adapter", {"lora_name": "one"})
     assert load(url, "one", root / "a2").status_code == 409
     assert post(url, "unload_lora_adapter", {"lora_name": "one"}).status_code == 404
+    assert load(url, "one", root / "a1").status_code == 200
+    assert answer(url, "one") == expected
 
 
 def test_what_may_not_be_loaded_is_refused_and_named(url: str, root: Path, tmp_path: Path) -> None:
