@@ -28,7 +28,7 @@ from collector.errors import Unavailable
 FOLDER = "journal"  # in the data directory
 OPEN = ".open"
 SEALED = ".ndjson"
-EVENTS = ("span", "reward", "version", "candidate", "deployment", "evaluation", "job", "key")
+EVENTS = ("span", "reward", "version", "candidate", "deployment", "evaluation", "job", "key", "otlp")
 _CRC_BYTES = len(b',"crc":"00000000"}')
 _STALE_TEMPORARY_SECONDS = 60.0
 

@@ -14,10 +14,10 @@ from collector.settings import Settings
 from collector.store import Store
 
 # Events of which a repeated one is stored once, and the field by which it is known.
-_UNIQUE = {"reward": "reward_id", "evaluation": "evaluation_id"}
+_UNIQUE = {"reward": "reward_id", "evaluation": "evaluation_id", "otlp": "span_id"}
 # Rows and segments in one statement, so that a server which goes on loading cannot come in between.
 _STATE = """
-SELECT 'row', 'span', count(*) FROM spans
+SELECT 'row', 'span', (SELECT count(*) FROM spans) + (SELECT count(*) FROM echoes)
 UNION ALL SELECT 'row', 'reward', count(*) FROM rewards UNION ALL SELECT 'row', 'version', count(*) FROM versions
 UNION ALL SELECT 'row', 'candidate', count(*) FROM candidates
 UNION ALL SELECT 'row', 'deployment', count(*) FROM deployments
@@ -81,7 +81,7 @@ def _kinds(lines: list[bytes], seen: set[tuple[str, str]]) -> Counter[str]:
             if key in seen:
                 continue
             seen.add(key)
-        counts[event] += 1
+        counts["span" if event == "otlp" else event] += 1
     return counts
 
 

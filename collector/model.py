@@ -10,6 +10,10 @@ TargetKind = Literal["episode", "response", "span", "trace"]
 RewardSource = Literal["code", "human", "llm"]
 VersionKind = Literal["prompt", "adapter"]
 Status = Literal["ok", "error", "cancelled"]
+Ending = Literal["reward", "closed", "idle"]
+# Operations that are calls of a model: the steps of an episode. What else a span may be (a tool's run, an agent, a
+# chain) stands in the episode's tree. The macro `is_call` of schema.sql says the same.
+CALLS = frozenset(("chat", "text_completion", "generate_content", "embeddings", "responses", "messages", "other"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ class Step:
 
     span_id: str
     step: int
-    role: str | None  # the slot, where one matched
+    role: str | None  # the slot, where one matched; else the agent that its own spans name
     model: str | None
     versions: dict[str, str]
     input_messages: list[dict[str, Any]]
@@ -106,16 +110,41 @@ class Step:
     response_id: str | None = None
     tools: list[dict[str, Any]] | None = None
     attributes: dict[str, Any] | None = None
+    branch: int = 0  # above 0: runs beside an earlier step
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A span in its episode's tree: a step by its number; a tool's run, an agent, a chain with what went in and out."""
+
+    span_id: str
+    parent_span_id: str | None  # None for a root; else a span of the same episode
+    depth: int
+    operation: str
+    name: str | None
+    role: str | None
+    step: int | None
+    status: Status
+    error_type: str | None
+    start_ns: int
+    end_ns: int
+    input_messages: list[dict[str, Any]]
+    output_messages: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """Calls that belong together, and what they earned. `reward` is None while nothing was judged."""
+    """Calls that belong together, and what they earned. `reward` is None while nothing was judged.
+
+    `tree` holds every span, calls and others, each after the one it hangs under.
+    """
 
     episode_id: str
     steps: list[Step]
     rewards: list[dict[str, Any]]
     reward: float | None
+    tree: list[Node] = field(default_factory=list)
+    ended: Ending | None = None
 
 
 @dataclass(frozen=True, slots=True)

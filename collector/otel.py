@@ -8,6 +8,10 @@ from typing import Any
 
 import orjson
 
+from collector.model import CALLS
+from collector.otel_messages import of_parts, parsed, to_parts
+
+SCOPE = "ratchet"
 # column -> attribute
 ATTRIBUTES = {
     "operation": "gen_ai.operation.name",
@@ -39,28 +43,71 @@ ATTRIBUTES = {
     "cost_usd": "ratchet.cost.usd",
     "attempts": "ratchet.attempts",
 }
+# Of an agent's own spans only.
+_OBSERVED = {"agent_name": "gen_ai.agent.name", "tool_name": "gen_ai.tool.name"}
+# Wire formats that the conventions know as `chat`.
+_CHATS = ("responses", "messages")
+EXTRA = frozenset(
+    ("gen_ai.response.finish_reasons", "gen_ai.response.time_to_first_chunk", "ratchet.operation", "ratchet.status")
+)
 
 
 def attributes(row: Mapping[str, Any]) -> dict[str, Any]:
     """The attributes of one span; columns that are not known are left out."""
     found = {name: row[column] for column, name in ATTRIBUTES.items() if row.get(column) is not None}
+    for column in ("input_messages", "output_messages"):
+        if row.get(column) is not None:
+            found[ATTRIBUTES[column]] = _messages(row[column])
+    found |= {name: row[column] for column, name in _OBSERVED.items() if row.get(column) is not None}
+    if row.get("operation") in _CHATS:
+        found |= {"gen_ai.operation.name": "chat", "ratchet.operation": row["operation"]}
     if row.get("finish_reason") is not None:
         found["gen_ai.response.finish_reasons"] = [row["finish_reason"]]
     if row.get("ttft_ms") is not None:
         found["gen_ai.response.time_to_first_chunk"] = row["ttft_ms"] / 1000
-    return found
+    if row.get("status") == "cancelled":
+        found["ratchet.status"] = "cancelled"
+    return _own(row.get("attributes")) | found
+
+
+def _own(text: str | None) -> dict[str, Any]:
+    """What an agent's own span carried goes back to its names; what the proxy noted goes into one attribute."""
+    kept = parsed(text)
+    if not isinstance(kept, dict):
+        return {}
+    seen = kept.get("otel")
+    found = dict(seen) if isinstance(seen, dict) else {}
+    ours = {name: value for name, value in kept.items() if name not in ("otel", "events", "resource", "scope")}
+    return found | ({"ratchet.attributes": orjson.dumps(ours).decode()} if ours else {})
+
+
+def _messages(text: str) -> str:
+    """OpenAI's messages as messages of parts; as they are where they would not come back the same."""
+    messages = parsed(text)
+    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+        return text
+    made = orjson.dumps([to_parts(one) for one in messages]).decode()
+    return made if of_parts(made) == messages else text
+
+
+def name(row: Mapping[str, Any]) -> str:
+    """The span's name: its own where it has one, else operation and model, as the conventions ask."""
+    if row.get("name"):
+        return str(row["name"])
+    operation, model = row.get("operation") or "chat", row.get("request_model")
+    operation = "chat" if operation in _CHATS else operation
+    return f"{operation} {model}" if model else operation
 
 
 def span(row: Mapping[str, Any]) -> dict[str, Any]:
     """One row of `spans_v` as a span in OTLP's JSON encoding: hex ids, int64 as strings."""
-    operation, model = row.get("operation") or "chat", row.get("request_model")
     failed = row.get("status") != "ok"
     return {
         "traceId": row["trace_id"],
         "spanId": row["span_id"],
         "parentSpanId": row.get("parent_span_id") or "",
-        "name": f"{operation} {model}" if model else operation,
-        "kind": 3,  # CLIENT
+        "name": name(row),
+        "kind": 3 if row.get("operation", "chat") in CALLS else 1,  # CLIENT, INTERNAL
         "startTimeUnixNano": str(row["start_ns"]),
         "endTimeUnixNano": str(row["end_ns"]),
         "attributes": [{"key": key, "value": _value(value)} for key, value in attributes(row).items()],
@@ -70,7 +117,7 @@ def span(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def request(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Rows of `spans_v` as the body of an OTLP/HTTP export in JSON."""
-    scope = {"scope": {"name": "ratchet"}, "spans": [span(row) for row in rows]}
+    scope = {"scope": {"name": SCOPE}, "spans": [span(row) for row in rows]}
     resource = {"attributes": [{"key": "service.name", "value": {"stringValue": "ratchet"}}]}
     return {"resourceSpans": [{"resource": resource, "scopeSpans": [scope]}]}
 

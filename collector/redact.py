@@ -7,8 +7,11 @@ of an escape, and a key that follows the escape of a newline is still found. Eve
 
 import re
 from dataclasses import replace
+from typing import TypeVar
 
 from collector.model import Exchange
+
+Call = TypeVar("Call", bound=Exchange)
 
 PAYLOADS = ("input_messages", "output_messages", "tools", "attributes")
 MASK = "[redacted]"
@@ -83,7 +86,7 @@ def _mask_email(found: "re.Match[str]") -> str:
     return found.group()[0] + MASK_EMAIL if at and found.string[at - 1] == "\\" else MASK_EMAIL
 
 
-def exchange(call: Exchange, emails: bool = False) -> Exchange:
+def exchange(call: Call, emails: bool = False) -> Call:
     """The call with its payloads masked. A hit drops its token ids and logprobs too: they spell the secret again."""
     changed: dict[str, str] = {}
     for name in PAYLOADS:

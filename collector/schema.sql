@@ -17,8 +17,12 @@ CREATE TABLE IF NOT EXISTS spans (
   response_model VARCHAR, response_id VARCHAR, finish_reason VARCHAR, stream BOOLEAN, temperature DOUBLE,
   top_p DOUBLE, max_tokens BIGINT, seed BIGINT, input_tokens BIGINT, output_tokens BIGINT, cached_tokens BIGINT,
   cost_usd DOUBLE, prompt_slot VARCHAR, prompt_version INTEGER, prompt_candidate VARCHAR, adapter_slot VARCHAR,
-  adapter_version INTEGER, propensity DOUBLE, request_bytes BIGINT, response_bytes BIGINT
+  adapter_version INTEGER, propensity DOUBLE, request_bytes BIGINT, response_bytes BIGINT,
+  name VARCHAR, agent_name VARCHAR, tool_name VARCHAR
 );
+
+-- Spans of agents' own instrumentation that repeat a recorded call (echo_of): kept, counted nowhere.
+CREATE TABLE IF NOT EXISTS echoes AS SELECT *, CAST(NULL AS VARCHAR) AS echo_of FROM spans LIMIT 0;
 
 CREATE TABLE IF NOT EXISTS payloads (
   span_id VARCHAR, episode_id VARCHAR, start_ns BIGINT,
@@ -61,6 +65,10 @@ CREATE TABLE IF NOT EXISTS keys (
   key_id VARCHAR, action VARCHAR, name VARCHAR, key_sha256 VARCHAR, scopes VARCHAR, limits VARCHAR, ts_ns BIGINT
 );
 
+-- Calls of a model, the steps of an episode; `CALLS` of model.py says the same.
+CREATE OR REPLACE MACRO is_call(operation) AS
+  operation IN ('chat', 'text_completion', 'generate_content', 'embeddings', 'responses', 'messages', 'other');
+
 -- Journal segments as rows: files is a list of paths, size the longest line that may occur
 
 CREATE OR REPLACE MACRO journal_spans(files, size) AS TABLE
@@ -76,11 +84,30 @@ SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, col
   response_bytes: 'BIGINT'
 }) WHERE event = 'span';
 
+CREATE OR REPLACE MACRO journal_otlp(files, size) AS TABLE
+SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
+  event: 'VARCHAR', span_id: 'VARCHAR', trace_id: 'VARCHAR', parent_span_id: 'VARCHAR', episode_id: 'VARCHAR',
+  episode_source: 'VARCHAR', source: 'VARCHAR', operation: 'VARCHAR', route: 'VARCHAR', start_ns: 'BIGINT',
+  end_ns: 'BIGINT', ttft_ms: 'DOUBLE', attempts: 'INTEGER', status: 'VARCHAR', http_status: 'INTEGER',
+  error_type: 'VARCHAR', provider: 'VARCHAR', request_model: 'VARCHAR', response_model: 'VARCHAR',
+  response_id: 'VARCHAR', finish_reason: 'VARCHAR', stream: 'BOOLEAN', temperature: 'DOUBLE', top_p: 'DOUBLE',
+  max_tokens: 'BIGINT', seed: 'BIGINT', input_tokens: 'BIGINT', output_tokens: 'BIGINT', cached_tokens: 'BIGINT',
+  cost_usd: 'DOUBLE', prompt_slot: 'VARCHAR', prompt_version: 'INTEGER', prompt_candidate: 'VARCHAR',
+  adapter_slot: 'VARCHAR', adapter_version: 'INTEGER', propensity: 'DOUBLE', request_bytes: 'BIGINT',
+  response_bytes: 'BIGINT', name: 'VARCHAR', agent_name: 'VARCHAR', tool_name: 'VARCHAR'
+}) WHERE event = 'otlp';
+
 CREATE OR REPLACE MACRO journal_payloads(files, size) AS TABLE
 SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
   event: 'VARCHAR', span_id: 'VARCHAR', episode_id: 'VARCHAR', start_ns: 'BIGINT', input_messages: 'VARCHAR',
   output_messages: 'VARCHAR', tools: 'VARCHAR', token_ids: 'VARCHAR', logprobs: 'VARCHAR', attributes: 'VARCHAR'
 }) WHERE event = 'span';
+
+CREATE OR REPLACE MACRO journal_otlp_payloads(files, size) AS TABLE
+SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
+  event: 'VARCHAR', span_id: 'VARCHAR', episode_id: 'VARCHAR', start_ns: 'BIGINT', input_messages: 'VARCHAR',
+  output_messages: 'VARCHAR', tools: 'VARCHAR', token_ids: 'VARCHAR', logprobs: 'VARCHAR', attributes: 'VARCHAR'
+}) WHERE event = 'otlp';
 
 CREATE OR REPLACE MACRO journal_rewards(files, size) AS TABLE
 SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
@@ -131,7 +158,8 @@ SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, col
 
 CREATE OR REPLACE VIEW spans_v AS
 SELECT s.*,
-  CAST(row_number() OVER (PARTITION BY s.episode_id ORDER BY s.start_ns, s.span_id) - 1 AS INTEGER) AS step,
+  CASE WHEN is_call(s.operation) THEN CAST(row_number() OVER (
+    PARTITION BY s.episode_id, is_call(s.operation) ORDER BY s.start_ns, s.span_id) - 1 AS INTEGER) END AS step,
   p.input_messages, p.output_messages, p.tools, p.token_ids, p.logprobs, p.attributes
 FROM spans s LEFT JOIN payloads p USING (span_id);
 
@@ -141,6 +169,10 @@ WITH
 by_span AS (
   SELECT r.reward_id, s.episode_id, s.span_id
   FROM rewards r JOIN spans s ON s.span_id = r.target_id WHERE r.target_kind = 'span'
+  UNION ALL
+  SELECT r.reward_id, s.episode_id, s.span_id
+  FROM rewards r JOIN echoes e ON e.span_id = r.target_id JOIN spans s ON s.span_id = e.echo_of
+  WHERE r.target_kind = 'span'
 ),
 by_response AS (
   SELECT r.reward_id, s.episode_id, s.span_id
@@ -149,7 +181,11 @@ by_response AS (
 ),
 by_trace AS (
   SELECT r.reward_id, s.episode_id, CAST(NULL AS VARCHAR) AS span_id
-  FROM rewards r JOIN spans s ON s.trace_id = r.target_id WHERE r.target_kind = 'trace'
+  FROM rewards r JOIN (
+    SELECT trace_id, episode_id, start_ns, span_id FROM spans
+    UNION ALL
+    SELECT e.trace_id, o.episode_id, o.start_ns, o.span_id FROM echoes e JOIN spans o ON o.span_id = e.echo_of
+  ) s ON s.trace_id = r.target_id WHERE r.target_kind = 'trace'
   QUALIFY row_number() OVER (PARTITION BY r.reward_id ORDER BY s.start_ns DESC, s.span_id DESC) = 1
 ),
 found AS (FROM by_span UNION ALL FROM by_response UNION ALL FROM by_trace)
@@ -169,9 +205,10 @@ FROM latest l JOIN reward_weights w USING (name) WHERE l.episode_id IS NOT NULL 
 
 CREATE OR REPLACE VIEW episodes_v AS
 WITH calls AS (
-  SELECT episode_id, min(start_ns) AS start_ns, max(end_ns) AS end_ns, CAST(count(*) AS INTEGER) AS steps,
+  SELECT episode_id, min(start_ns) AS start_ns, max(end_ns) AS end_ns,
+    CAST(count(*) FILTER (is_call(operation)) AS INTEGER) AS steps,
     CAST(sum(input_tokens) AS BIGINT) AS input_tokens, CAST(sum(output_tokens) AS BIGINT) AS output_tokens,
-    sum(cost_usd) AS cost_usd, CAST(count(*) FILTER (status <> 'ok') AS INTEGER) AS errors,
+    sum(cost_usd) AS cost_usd, CAST(count(*) FILTER (status <> 'ok' AND is_call(operation)) AS INTEGER) AS errors,
     arg_min({'slot': prompt_slot, 'version': prompt_version, 'candidate': prompt_candidate}, start_ns)
       FILTER (prompt_slot IS NOT NULL) AS prompt
   FROM spans GROUP BY episode_id

@@ -375,7 +375,9 @@ class Collector:
         spans, judged = self.store.episode(episode_id)
         if not spans and not judged:
             raise NotFound(f"no episode {episode_id!r}", param="episode_id")
-        return episodes.to_json(episodes.build(episode_id, spans, judged, self.settings.rewards.weights))
+        echoes = self.store.echoes(episode_id)
+        weights = self.settings.rewards.weights
+        return episodes.to_json(episodes.build(episode_id, spans, judged, weights, echoes, time.time_ns()))
 
     def episode_otlp(self, episode_id: str) -> dict[str, Any]:
         """The calls of an episode in OTLP's JSON encoding (an ExportTraceServiceRequest). Raises NotFound."""

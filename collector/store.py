@@ -19,6 +19,7 @@ import duckdb
 from collector import results
 from collector.errors import Conflict, QueryError, Unavailable
 from collector.settings import Storage
+from collector.settle import settle
 
 SCHEMA = (Path(__file__).parent / "schema.sql").read_text()
 SCHEMA_HASH = hashlib.sha256(SCHEMA.encode()).hexdigest()
@@ -31,6 +32,17 @@ _INSERTS: dict[str, tuple[str, ...]] = {
     "span": (
         "INSERT INTO spans BY NAME FROM journal_spans(?, ?)",
         "INSERT INTO payloads BY NAME FROM journal_payloads(?, ?)",
+    ),
+    # Exporters send again what they had no answer for: known by the span's id. Payloads first, by what `spans` lacks.
+    "otlp": (
+        """INSERT INTO payloads BY NAME FROM journal_otlp_payloads(?, ?) AS new
+        WHERE NOT EXISTS (SELECT 1 FROM spans AS old WHERE old.span_id = new.span_id)
+          AND NOT EXISTS (SELECT 1 FROM echoes AS old WHERE old.span_id = new.span_id)
+        QUALIFY row_number() OVER (PARTITION BY span_id ORDER BY start_ns, hash(new)) = 1""",
+        """INSERT INTO spans BY NAME FROM journal_otlp(?, ?) AS new
+        WHERE NOT EXISTS (SELECT 1 FROM spans AS old WHERE old.span_id = new.span_id)
+          AND NOT EXISTS (SELECT 1 FROM echoes AS old WHERE old.span_id = new.span_id)
+        QUALIFY row_number() OVER (PARTITION BY span_id ORDER BY start_ns, hash(new)) = 1""",
     ),
     "reward": (
         """INSERT INTO rewards BY NAME FROM journal_rewards(?, ?) AS new
@@ -51,6 +63,7 @@ _INSERTS: dict[str, tuple[str, ...]] = {
 
 _COUNTS = {
     "span": "SELECT count(*), sum(hash(t)) FROM spans AS t",
+    "echo": "SELECT count(*), sum(hash(t)) FROM echoes AS t",
     "payload": "SELECT count(*), sum(hash(t)) FROM payloads AS t",
     "reward": "SELECT count(*), sum(hash(t)) FROM rewards AS t",
     "version": "SELECT count(*), sum(hash(t)) FROM versions AS t",
@@ -108,6 +121,14 @@ SELECT s.*, p.input_messages, p.output_messages, p.tools, p.attributes
 FROM (SELECT * FROM spans WHERE episode_id = $episode_id) AS s
 LEFT JOIN (SELECT * FROM payloads WHERE episode_id = $episode_id) AS p USING (span_id)
 """
+
+_EPISODE_ECHOES = """
+SELECT span_id, parent_span_id, echo_of FROM echoes
+WHERE echo_of IN (SELECT span_id FROM spans WHERE episode_id = $episode_id)
+"""
+
+# A zone map and a dictionary answer this at once where there are none.
+_OBSERVED = "SELECT 1 FROM spans WHERE source = 'otlp' LIMIT 1"
 
 _EPISODE_REWARDS = "SELECT * FROM rewards_v WHERE episode_id = $episode_id ORDER BY ts_ns, reward_id"
 
@@ -286,17 +307,26 @@ class Store:
                     cursor.execute("ROLLBACK")
         return True
 
-    @staticmethod
-    def _insert(cursor: "duckdb.DuckDBPyConnection", segments: Sequence[Segment]) -> None:
+    def _insert(self, cursor: "duckdb.DuckDBPyConnection", segments: Sequence[Segment]) -> None:
         now = time.time_ns()
         size = max(16 << 20, max(segment.longest for segment in segments) + 1024)
+        events = frozenset().union(*(segment.events for segment in segments))
+        first = self._first_row(cursor, events)
         for event, statements in _INSERTS.items():
             files = [str(segment.path.resolve()) for segment in segments if event in segment.events]
             for statement in statements if files else ():
                 cursor.execute(statement, [files, size])
+        if first is not None:
+            settle(cursor, first, observed="otlp" in events, recorded="span" in events)
         for one in segments:
             values = [one.name, one.lines, one.quarantined, one.bytes, now]
             cursor.execute("INSERT INTO _segments VALUES (?, ?, ?, ?, ?)", values)
+
+    def _first_row(self, cursor: "duckdb.DuckDBPyConnection", events: frozenset[str]) -> int | None:
+        """Where new rows of `spans` will begin; None while there are no agents' own spans to settle."""
+        if "otlp" not in events and not ("span" in events and cursor.execute(_OBSERVED).fetchall()):
+            return None
+        return int(cursor.execute("SELECT coalesce(max(rowid), -1) + 1 FROM spans").fetchall()[0][0])
 
     # Reading
 
@@ -320,6 +350,10 @@ class Store:
         """`(spans with payloads, resolved rewards)` of one episode."""
         where = {"episode_id": episode_id}
         return self._rows(_EPISODE_SPANS, where), self._rows(_EPISODE_REWARDS, where)
+
+    def echoes(self, episode_id: str) -> list[dict[str, Any]]:
+        """The agents' own spans that repeat calls of one episode: {"span_id", "parent_span_id", "echo_of"}."""
+        return self._rows(_EPISODE_ECHOES, {"episode_id": episode_id})
 
     def unmatched_rewards(self, limit: int) -> list[dict[str, Any]]:
         """Rewards whose target was not seen, newest first."""

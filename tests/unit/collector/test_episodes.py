@@ -39,7 +39,7 @@ def reward(number: int, span_id: str | None = None, value: float = 1.0) -> dict[
 def test_the_answer_has_the_keys_of_the_contract() -> None:
     rows = [span(1, prompt_slot="capital", prompt_version=3, adapter_slot="qwen", adapter_version=7, input_tokens=5)]
     answer = episodes.to_json(episodes.build("ep", rows, [reward(1, "s1"), reward(2)], WEIGHTS))
-    assert set(answer) == {"episode_id", "reward", "status", "start_ns", "end_ns", "steps", "rewards"}
+    assert set(answer) == {"episode_id", "reward", "status", "start_ns", "end_ns", "ended", "steps", "tree", "rewards"}
     (step,) = answer["steps"]
     contract = {
         "span_id": "s1",

@@ -56,6 +56,7 @@ def test_every_kind_of_event_arrives_in_its_table(world: World) -> None:
     assert world.loader.load_once() == 9
     assert {name: count for name, (count, _) in world.store.content().items()} == {
         "span": 1,
+        "echo": 0,
         "payload": 1,
         "reward": 1,
         "version": 1,
