@@ -14,7 +14,7 @@ COMMANDS = {
     "optimize": ("optimize.cli", "optimize_app"),
     "promote": ("collector.cli", "promote"),
     "rollback": ("collector.cli", "rollback"),
-    "slots": ("collector.cli", "slots_app"),
+    "slots": ("collector.discover_cli", "slots_app"),
     "versions": ("collector.cli", "versions_app"),
     "episodes": ("collector.cli", "episodes_app"),
     "reward": ("collector.cli", "reward"),

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from collector import bodies, rewards
 from collector.errors import BadInput, RatchetError
 from collector.results import ARROW
-from collector.service import MAX_PAGE, Collector
+from collector.service import MAX_PAGE, MAX_SAMPLE, Collector
 
 MAX_BODY_BYTES = 32 << 20
 MAX_POLL_SECONDS = 25.0
@@ -68,6 +68,22 @@ registry = APIRouter(prefix="/api", tags=["registry"])
 def slots(collector: Service) -> Response:
     """Every slot with what is live."""
     return json_response({"slots": collector.slots()})
+
+
+@registry.get("/slots/discover")
+def discover(
+    collector: Service,
+    sample: Annotated[int, Query(ge=1, le=MAX_SAMPLE, description="calls to look at, the newest first")] = 4_000,
+    least_calls: Annotated[int, Query(ge=1, description="calls that must have sent a prompt")] = 2,
+) -> Response:
+    """Templates of the prompts that no slot knows."""
+    return json_response(collector.discover(sample, least_calls))
+
+
+@registry.post("/slots/{slot}/adopt", status_code=201)
+def adopt(collector: Service, slot: str, body: bodies.AdoptBody) -> Response:
+    """Make a slot of a proposal or a template; it is live at once and changes nothing."""
+    return json_response(collector.adopt(slot, body), 201)
 
 
 @registry.get("/slots/{slot}/versions")

@@ -1,8 +1,8 @@
 """Bodies of requests: what may be written, by field. Unknown fields are refused by name."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from collector.errors import BadInput
 
@@ -35,6 +35,20 @@ class CandidateBody(Body):
     """A prompt under search."""
 
     template: str = Field(min_length=1, max_length=1_000_000)
+
+
+class AdoptBody(Body):
+    """What a new slot is made of: the id of a proposal, or a template."""
+
+    proposal: Identifier | None = None
+    template: str | None = Field(default=None, min_length=1, max_length=1_000_000)
+    note: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.proposal is None) == (self.template is None):
+            raise ValueError("give exactly one of `proposal` and `template`")
+        return self
 
 
 class DecisionBody(Body):

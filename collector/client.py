@@ -50,6 +50,14 @@ class Client(Protocol):
         """
         ...
 
+    def discover(self, sample: int = 4_000, least_calls: int = 2) -> dict[str, Any]:
+        """Templates of the prompts that no slot knows: {"proposals", "sampled", "calls"}."""
+        ...
+
+    def adopt(self, slot: str, **body: Any) -> dict[str, Any]:
+        """Make a slot of a `proposal` or a `template`: {"slot", "version", "hash"}. Raises NotFound, Conflict."""
+        ...
+
     def add_candidate(self, slot: str, template: str) -> str:
         """Register a prompt under search; returns its id, "c-" and 12 hex digits."""
         ...
@@ -200,6 +208,16 @@ class Remote:
     def add_version(self, slot: str, **body: Any) -> dict[str, Any]:
         """See Client."""
         return _dict(self._ask("POST", "api", "slots", slot, "versions", body=body))
+
+    def discover(self, sample: int = 4_000, least_calls: int = 2) -> dict[str, Any]:
+        """See Client."""
+        params = {"sample": sample, "least_calls": least_calls}
+        return _dict(self._ask("GET", "api", "slots", "discover", params=params))
+
+    def adopt(self, slot: str, **body: Any) -> dict[str, Any]:
+        """See Client."""
+        given = {name: value for name, value in body.items() if value is not None}
+        return _dict(self._ask("POST", "api", "slots", slot, "adopt", body=given))
 
     def add_candidate(self, slot: str, template: str) -> str:
         """See Client."""
@@ -362,6 +380,15 @@ class Local:
     def add_version(self, slot: str, **body: Any) -> dict[str, Any]:
         """See Client."""
         return self.collector.add_version(slot, bodies.check(bodies.VersionBody, body))
+
+    def discover(self, sample: int = 4_000, least_calls: int = 2) -> dict[str, Any]:
+        """See Client."""
+        return self._read(lambda collector: collector.discover(sample, least_calls))
+
+    def adopt(self, slot: str, **body: Any) -> dict[str, Any]:
+        """See Client."""
+        self.collector.flush()
+        return self.collector.adopt(slot, bodies.check(bodies.AdoptBody, body))
 
     def add_candidate(self, slot: str, template: str) -> str:
         """See Client."""

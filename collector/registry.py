@@ -110,6 +110,10 @@ class Registry:
         found = self._slot(slot)
         return {**asdict(self._version(slot, version)), "live": found.arms.get(version, 0.0)}
 
+    def templates(self) -> list[str]:
+        """The text of every prompt version."""
+        return [one.template for slot in self._slots.values() for one in slot.versions if one.template is not None]
+
     def candidate(self, slot: str, candidate: str) -> str:
         """The template of a prompt under search. Raises NotFound."""
         template = self._slot(slot).candidates.get(candidate)

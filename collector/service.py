@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from collector import adapters, bodies, engines, episodes, journal, keys, otel, redact, registry, results, rewards
+from collector import discover as discovery
 from collector.errors import BadInput, Conflict, NotFound, Unavailable
 from collector.loader import Loader
 from collector.model import Version
@@ -30,6 +31,8 @@ DATABASE = "ratchet.duckdb"
 
 SNAPSHOT = "deployments.json"
 MAX_PAGE = 500
+MAX_SAMPLE = 20_000
+_SAMPLE_CHARACTERS = 64 << 20
 _TICK_SECONDS = 0.2
 _ADOPT_SECONDS = 1.0
 _DISK_SECONDS = 30.0
@@ -72,6 +75,7 @@ class Collector:
         self._loading = threading.Lock()
         self._stop = threading.Event()
         self._listeners: list[Callable[[], object]] = []
+        self._proposals: dict[str, discovery.Proposal] = {}  # of the last look, so that one of them can be adopted
         self._closed = False
         with contextlib.ExitStack() as undo:
             lock = DirectoryLock(self.data_dir)
@@ -331,6 +335,49 @@ class Collector:
             self.add_version(
                 name, bodies.VersionBody(template=slot.template, match=match, note="from the configuration")
             )
+
+    # Discovery
+
+    def discover(self, sample: int = 4_000, least_calls: int = 2) -> dict[str, Any]:
+        """Templates of the prompts that no slot knows, mined from the newest `sample` such calls: {"proposals",
+        "sampled", "calls"}, where `calls` counts all of them. Raises BadInput."""
+        if not 1 <= sample <= MAX_SAMPLE:
+            raise BadInput(f"sample: must lie between 1 and {MAX_SAMPLE}", param="sample")
+        rows = self.store.unknown_calls(sample, _SAMPLE_CHARACTERS)
+        parsed = [results.parsed(row, ("input_messages",)) for row in rows]
+        with self._lock:
+            known = self.registry.templates()
+        proposals = discovery.propose(discovery.read(parsed), known, least_calls)
+        self._proposals = {one.proposal: one for one in proposals}
+        return {
+            "proposals": [asdict(one) for one in proposals],
+            "sampled": len(rows),
+            "calls": self.store.stats()["unknown_prompts"],
+        }
+
+    def adopt(self, slot: str, body: bodies.AdoptBody) -> dict[str, Any]:
+        """Make a slot whose version 1, live at once, is a proposal's template or one that is given. Raises NotFound,
+        BadInput, Conflict where the slot is there already."""
+        registry.check_slot_name(slot)
+        with self._lock:
+            if any(one["slot"] == slot for one in self.registry.slots()):
+                raise Conflict(f"slot {slot} is there already; POST /api/slots/{slot}/versions adds to it", param="slot")
+            template, match = body.template, {}
+            if body.proposal is not None:
+                proposal = self._proposal(body.proposal)
+                template = proposal.template
+                match = {"role": "user"} if proposal.role == "user" else {}
+            return self.add_version(slot, bodies.VersionBody(template=template, match=match, note=body.note))
+
+    def _proposal(self, ident: str) -> discovery.Proposal:
+        if ident not in self._proposals:
+            self.discover()
+        if ident not in self._proposals:
+            raise NotFound(
+                f"no proposal {ident}: what is proposed follows the traffic; look at `ratchet slots discover` again",
+                param="proposal",
+            )
+        return self._proposals[ident]
 
     # Writing
 

@@ -87,8 +87,23 @@ SELECT (SELECT count(*) FROM spans) AS spans, (SELECT count(DISTINCT episode_id)
   (SELECT count(*) FROM rewards_v WHERE target_kind <> 'episode' AND episode_id IS NULL)
     + (SELECT count(*) FROM rewards AS r WHERE target_kind = 'episode'
        AND NOT EXISTS (SELECT 1 FROM spans AS s WHERE s.episode_id = r.target_id)) AS unmatched_rewards,
+  (SELECT count(*) FROM spans WHERE prompt_slot IS NULL
+     AND operation IN ('chat', 'responses', 'messages', 'text_completion')) AS unknown_prompts,
   (SELECT count(*) FROM _segments) AS segments,
   (SELECT coalesce(sum(quarantined), 0)::BIGINT FROM _segments) AS quarantined
+"""
+
+# The newest ones, up to a number and up to a size of all their messages.
+_UNKNOWN = """
+WITH latest AS (
+  SELECT span_id, start_ns, request_model FROM spans WHERE prompt_slot IS NULL
+    AND operation IN ('chat', 'responses', 'messages', 'text_completion')
+  ORDER BY start_ns DESC, span_id LIMIT $limit)
+SELECT l.span_id, l.request_model, p.input_messages FROM latest AS l JOIN (
+  SELECT span_id, input_messages FROM payloads
+  WHERE start_ns >= (SELECT min(start_ns) FROM latest) AND input_messages IS NOT NULL) AS p USING (span_id)
+QUALIFY sum(length(p.input_messages)) OVER (ORDER BY l.start_ns DESC, l.span_id) <= $characters
+ORDER BY l.start_ns DESC, l.span_id
 """
 
 _EPISODES = """
@@ -358,6 +373,10 @@ class Store:
     def unmatched_rewards(self, limit: int) -> list[dict[str, Any]]:
         """Rewards whose target was not seen, newest first."""
         return self._rows(_UNMATCHED, {"limit": limit})
+
+    def unknown_calls(self, limit: int, characters: int) -> list[dict[str, Any]]:
+        """The newest calls whose prompt no slot knew: {"span_id", "request_model", "input_messages"} (JSON text)."""
+        return self._rows(_UNKNOWN, {"limit": limit, "characters": characters})
 
     def jobs(self, job_id: str | None = None) -> list[dict[str, Any]]:
         """The latest state of each job, newest first."""
