@@ -24,7 +24,8 @@ from optimize.connect import connect
 from optimize.dataset import load_tasks, split
 from optimize.grade import KNOWN, check_tasks, grader
 from optimize.jobs import cancel, decoded
-from optimize.runner import Plan, Rollout, Runner
+from optimize.rollout import Plan, Rollout
+from optimize.runner import Runner
 from optimize.sandbox import protections
 from optimize.screen import Screen, show_result
 

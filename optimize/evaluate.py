@@ -1,4 +1,8 @@
-"""Agent mode of the evaluator: runs the user's command with the candidate pinned in the URL; nothing is paid twice."""
+"""The evaluator behind every search: rollouts of candidate prompts, journalled as they settle; nothing is paid twice.
+
+Who makes the rollouts is a `Rollouts`: the user's command with the candidate pinned in its URL (`runner.py`), logged
+requests sent again (`resend.py`), or a function of this process (`function.py`).
+"""
 
 import hashlib
 import json
@@ -13,19 +17,21 @@ from optimize.budget import Budget
 from optimize.dataset import Task
 from optimize.evaluation import Outcome, Request
 from optimize.patience import patiently
-from optimize.runner import Plan, Rollout, Runner
+from optimize.rollout import INFRASTRUCTURE, Plan, Rollout, Rollouts
 
-UNREACHABLE_TRIES = 3
+TRIES = 3  # of a rollout that failed for want of infrastructure, and of no other
 ANSWER_CHARS = 4000  # of an answer, as journalled and as an engine sees it: the same before and after a resume
 SOURCE_BYTES = 1 << 20  # a named file up to this size is part of the command's identity
 
 
-def context_hash(command: Sequence[str], grader: str | None, model: str | None, cwd: Path) -> str:
-    """What, beside prompt and task, decides a reward: the command, the files that it names, the grader, the model.
+def context_hash(command: Sequence[str], grader: str | None, model: str | None, cwd: Path, adapters: str = "") -> str:
+    """What, beside prompt and task, decides a reward: the command, the files that it names, the grader, the model, the
+    adapters in force.
 
     An agent that was edited is another agent: its old rollouts are not reused.
     """
-    digest = hashlib.sha256(json.dumps([list(command), grader, model]).encode())
+    known = [list(command), grader, model, adapters] if adapters else [list(command), grader, model]
+    digest = hashlib.sha256(json.dumps(known).encode())
     named = list(command)
     if grader is not None and grader.startswith("python:"):
         named.append(grader.removeprefix("python:").rpartition(".")[0].replace(".", "/") + ".py")
@@ -41,8 +47,8 @@ def version_hash(template: str) -> str:
     return hashlib.sha256(template.encode()).hexdigest()[:12]
 
 
-class AgentEvaluator:
-    """Rollouts of `runner`'s agent under candidate prompts of `slot`; each paid one is journalled as it is settled.
+class JournalledEvaluator:
+    """Rollouts under candidate prompts of `slot`; each paid one is journalled as it is settled.
 
     Rollouts of an earlier job with the same prompt, task, replicate and `context` are reused if they succeeded, those
     of this very job whatever they gave. `budget`, where given, is reserved before anything is started.
@@ -50,7 +56,7 @@ class AgentEvaluator:
 
     def __init__(
         self,
-        runner: Runner,
+        rollouts: Rollouts,
         client: Client,
         slot: str,
         *,
@@ -60,7 +66,7 @@ class AgentEvaluator:
         budget: Budget | None = None,
         on_rollout: Callable[[Request, Rollout], None] | None = None,
     ) -> None:
-        self._runner = runner
+        self._rollouts = rollouts
         self._client = client
         self._slot = slot
         self._job = job_id
@@ -105,25 +111,27 @@ class AgentEvaluator:
     async def _pay(self, requests: Sequence[Request]) -> list[Outcome]:
         rollouts: dict[int, Rollout] = {}
         left = list(range(len(requests)))
-        for _ in range(UNREACHABLE_TRIES):
+        for tries in range(1, TRIES + 1):
             if not left:
                 break
-            await self._run(requests, left, rollouts)
-            left = [index for index in left if rollouts[index].reason == "proxy_unreachable"]
+            await self._run(requests, left, rollouts, last=tries == TRIES)
+            left = [index for index in left if _again(rollouts[index], last=tries == TRIES)]
         if left:
-            raise Unavailable(f"nobody answers at {self._runner.base_url}: start `ratchet serve`, then resume the job")
+            raise Unavailable(
+                f"nobody answers at {self._rollouts.base_url}: start `ratchet serve`, then resume the job"
+            )
         return [_outcome(request, rollouts[index]) for index, request in enumerate(requests)]
 
-    async def _run(self, requests: Sequence[Request], indices: list[int], rollouts: dict[int, Rollout]) -> None:
-        plans = [
-            Plan(requests[at].task, await self._pin(requests[at].template), requests[at].replicate) for at in indices
-        ]
+    async def _run(
+        self, requests: Sequence[Request], indices: list[int], rollouts: dict[int, Rollout], *, last: bool
+    ) -> None:
+        asked = [requests[at] for at in indices]
+        plans = [Plan(one.task, await self._pin(one.template), one.replicate, template=one.template) for one in asked]
 
         async def settled(batch: list[tuple[int, Rollout]]) -> None:
-            done = [(requests[indices[at]], rollout) for at, rollout in batch if rollout.reason != "proxy_unreachable"]
-            await self._journal(done)
+            await self._journal([(asked[at], rollout) for at, rollout in batch if not _again(rollout, last=last)])
 
-        for at, rollout in zip(indices, await self._runner.run_all(plans, settled), strict=True):
+        for at, rollout in zip(indices, await self._rollouts.run_all(plans, settled), strict=True):
             rollouts[at] = rollout
 
     async def _journal(self, done: Sequence[tuple[Request, Rollout]]) -> None:
@@ -185,9 +193,15 @@ class AgentEvaluator:
             "input_tokens": rollout.input_tokens,
             "output_tokens": rollout.output_tokens,
             "calls": rollout.calls,
+            "cost_usd": rollout.cost_usd,
             "model": self._model,
             "ts_ns": time.time_ns(),
         }
+
+
+def _again(rollout: Rollout, *, last: bool) -> bool:
+    """Whether to try once more. A proxy that stays away is never a prompt's failure; an upstream's error is at last."""
+    return rollout.reason in INFRASTRUCTURE and not (last and rollout.reason == "upstream")
 
 
 def feedback(task: Task, reason: str | None, detail: str = "") -> str:
@@ -213,6 +227,7 @@ def _outcome(request: Request, rollout: Rollout) -> Outcome:
         feedback=feedback(request.task, rollout.reason, rollout.detail),
         tokens=tokens([rollout.input_tokens, rollout.output_tokens]),
         seconds=rollout.seconds,
+        cost_usd=rollout.cost_usd,
     )
 
 
@@ -227,4 +242,5 @@ def _remembered(request: Request, event: dict[str, Any]) -> Outcome:
         tokens=tokens([event["input_tokens"], event["output_tokens"]]),
         seconds=float(event["seconds"] or 0.0),
         cached=True,
+        cost_usd=event.get("cost_usd"),
     )

@@ -6,8 +6,8 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +18,7 @@ from optimize.dataset import Task
 from optimize.grade import GradeError, Grader
 from optimize.patience import patiently
 from optimize.process import Finished, run_process
+from optimize.rollout import Plan, Rollout, Settled
 from optimize.sandbox import Room, bare
 
 DETAIL_CHARS = 2000
@@ -25,49 +26,9 @@ DETAIL_CHARS = 2000
 TASK_BYTES_IN_ENVIRONMENT = 100_000
 # Newest episodes of all runs; a constant, so that no query is made of text. What it misses is asked for one by one.
 RECENT = """
-select episode_id, steps, input_tokens, output_tokens, reward from episodes_v
+select episode_id, steps, input_tokens, output_tokens, cost_usd, reward from episodes_v
 where starts_with(episode_id, 'run-') order by start_ns desc
 """
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One run of the agent on one task. `reward` None is a missing reward; `seconds` is the process's wall time.
-
-    Not `ok`: `reason` is crash, timeout, no_reward, grader or proxy_unreachable, and `detail` its text.
-    `calls` and tokens are the store's, None where it knows nothing of the episode.
-    """
-
-    task_id: str
-    episode_id: str
-    reward: float | None
-    ok: bool
-    reason: str | None
-    answer: str
-    seconds: float
-    calls: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    detail: str = ""
-
-    @property
-    def score(self) -> float:
-        """The reward, 0.0 for a failure: in a controlled run a failed rollout counts, it is never dropped."""
-        return self.reward if self.ok and self.reward is not None else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {**asdict(self), "score": self.score}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One rollout to be made. `pin` is "slot@3" or "slot@c-...": the version that the agent's calls get."""
-
-    task: Task
-    pin: str | None = None
-    replicate: int = 0
-    episode_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +86,7 @@ class Runner:
     async def run_all(
         self,
         plans: Sequence[Plan],
-        on_settled: Callable[[list[tuple[int, Rollout]]], Awaitable[None]] | None = None,
+        on_settled: Settled | None = None,
     ) -> list[Rollout]:
         """All rollouts, concurrently, in the order of `plans`.
 
@@ -243,6 +204,7 @@ class Runner:
             input_tokens=known.get("input_tokens"),
             output_tokens=known.get("output_tokens"),
             detail=detail,
+            cost_usd=known.get("cost_usd"),
         )
 
     async def _graded(self, attempt: _Attempt) -> tuple[float | None, str | None, str]:

@@ -21,17 +21,16 @@ NAMES = {"search": "search", "gate": "held-out test"}
 class Screen:
     """A context with one progress bar a phase."""
 
-    def __init__(self, console: Console, job_id: str) -> None:
+    def __init__(self, console: Console, job_id: str, resume: str | None = None) -> None:
         self._console = console
         self._job = job_id
+        self._resume = resume or f"ratchet jobs resume {job_id}"
         columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, TextColumn("{task.fields[belief]}"), console=console)
         self._bars: dict[str, TaskID] = {}
 
     def __enter__(self) -> "Screen":
-        self._console.print(
-            f"job {self._job}   (resume it after a break: ratchet jobs resume {self._job})", style="dim"
-        )
+        self._console.print(f"job {self._job}   (resume it after a break: {self._resume})", style="dim")
         self._progress.start()
         return self
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optimize.evaluate import tokens
-from optimize.runner import Rollout
+from optimize.rollout import Rollout
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Everything paid is journalled as it happens, so the job can be killed at any mom
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,26 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from collector.client import Client
-from collector.errors import RatchetError, Unavailable
+from collector.errors import BadInput, NotFound, RatchetError, Unavailable
 from collector.settings import Settings
-from optimize.apo import factorial
 from optimize.apo.editor import LLMEditor
-from optimize.apo.examples import gather
-from optimize.apo.factorial import Progress, SearchResult
-from optimize.apo.origin import Origin, find
-from optimize.apo.proposers import Bank, Chain, Demonstrations, Example, Proposer
-from optimize.apo.replay import ProposalLog, row_of
-from optimize.apo.result import ApoResult, HeldOut, write_report
+from optimize.apo.engine import Engine, Problem, Progress, Row, SearchResult
+from optimize.apo.origin import Origin
+from optimize.apo.proposers import Chain
+from optimize.apo.replay import ProposalLog, ReplyLog, row_of
+from optimize.apo.result import ApoResult, HeldOut, pair_of, write_report
+from optimize.apo.setup import Setup, agent_setup
 from optimize.apo.spec import CANARY_SHARE, ApoSpec, check
+from optimize.apo.state import Proposer
 from optimize.budget import Budget
-from optimize.evaluate import AgentEvaluator, context_hash, version_hash
+from optimize.evaluate import JournalledEvaluator, version_hash
 from optimize.evaluation import Outcome, Request
 from optimize.gate import Verdict, decide
-from optimize.grade import check_tasks, grader
-from optimize.jobs import Job, JobCancelled, JobLock, new_job_id
-from optimize.llm import completer
+from optimize.jobs import Job, JobCancelled, JobLock, decoded, new_job_id
 from optimize.patience import patiently
-from optimize.runner import Rollout, Runner
+from optimize.rollout import Rollout
+
+PROBE = 1_000_000  # the replicate of the rollout that tells what one costs, where tokens or money are limited
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,40 @@ async def run_apo(
     where the agent itself is broken. The job's state in the registry says the same.
     """
     check(spec)
-    work = _Work(spec, client, base_url, settings or Settings(), api_key, job_id or new_job_id(), on_progress)
-    with JobLock(work.data_dir, work.job.job_id):
+    settings, job_id = settings or Settings(), job_id or new_job_id()
+    setup = agent_setup(spec, client, base_url, settings, api_key, job_id)
+    return await run_setup(spec, setup, client, settings=settings, job_id=job_id, on_progress=on_progress)
+
+
+async def run_setup(
+    spec: ApoSpec,
+    setup: Setup,
+    client: Client,
+    *,
+    settings: Settings,
+    job_id: str,
+    on_progress: OnProgress | None = None,
+) -> ApoResult:
+    """The same with the ingredients given, whoever makes the rollouts."""
+    check(spec)
+    work = _Work(spec, setup, client, settings, job_id, on_progress)
+    with JobLock(work.data_dir, job_id):
         return await work.run()
+
+
+def engine_of(name: str) -> Engine:
+    """The engine of a name. Raises BadInput, for gepa also where its package is absent."""
+    if name == "beam":
+        from optimize.apo.beam import Beam
+
+        return Beam()
+    if name == "gepa":
+        from optimize.apo.gepa import Gepa
+
+        return Gepa()
+    from optimize.apo.factorial import Factorial
+
+    return Factorial()
 
 
 class _Work:
@@ -77,49 +107,41 @@ class _Work:
     def __init__(
         self,
         spec: ApoSpec,
+        setup: Setup,
         client: Client,
-        base_url: str,
         settings: Settings,
-        api_key: str | None,
         job_id: str,
         on_progress: OnProgress | None,
     ) -> None:
-        self.spec, self.client, self.settings = spec, client, settings
-        self.base_url, self.api_key = base_url.rstrip("/"), api_key
-        self.search_tasks, self.held = spec.load()
-        if spec.grader is not None:
-            check_tasks(spec.grader, [*self.search_tasks, *self.held])
+        self.spec, self.setup, self.client, self.settings = spec, setup, client, settings
+        self.search_tasks, self.held = setup.search, setup.held
+        self.engine = engine_of(spec.engine)
         self.data_dir = Path(settings.store.data_dir)
         self.job = Job(client, job_id, "apo", spec.slot, spec.as_dict())
         self._say = on_progress or (lambda stage: None)
         self._phase, self._done, self._total = "origin", 0, 0
         self._latest: Progress | None = None
-        self.runner = Runner(
-            spec.command,
-            client,
-            base_url,
-            api_key=api_key,
-            grade=None if spec.grader is None else grader(spec.grader, settings.optimizer),
-            grade_source="llm" if (spec.grader or "").startswith("judge:") else "code",
-            concurrency=spec.concurrency,
-            timeout=spec.timeout,
-            cwd=Path(spec.cwd),
-            env={**os.environ, "OPENAI_MODEL": spec.model} if spec.model else None,
-            sandbox=spec.sandbox,
-            run_id=job_id,
+        self.budget = Budget(
+            spec.budget,
+            tokens=spec.budget_tokens,
+            usd=spec.budget_usd,
+            seconds=spec.budget_seconds,
+            keep=2 * len(self.held) * spec.replicates,
+            at_once=spec.concurrency,
         )
-        self.evaluator = AgentEvaluator(
-            self.runner,
+        self.evaluator = JournalledEvaluator(
+            setup.rollouts,
             client,
             spec.slot,
             job_id=job_id,
-            context=context_hash(spec.command, spec.grader, spec.model, Path(spec.cwd)),
+            context=setup.context,
             model=spec.model,
             on_rollout=self._settled,
         )
 
     async def run(self) -> ApoResult:
         """All steps, with the job's state kept true however they end."""
+        await self._count_earlier()
         await self.job.start()
         try:
             result = await self._steps()
@@ -133,6 +155,12 @@ class _Work:
         self._enter("done", 0, result.reason)
         return result
 
+    async def _count_earlier(self) -> None:
+        """The seconds of an earlier, broken run of this job count against its limit."""
+        with contextlib.suppress(NotFound):
+            earlier = await patiently(lambda: self.client.job(self.job.job_id))
+            self.budget.start_from(float(decoded(earlier, "progress").get("seconds") or 0.0))
+
     async def _ended(self, status: str, result: dict[str, Any] | None = None) -> None:
         with contextlib.suppress(Unavailable):  # then the lock alone tells that nobody works on it
             await self.job.finish(status, result)
@@ -140,9 +168,10 @@ class _Work:
     async def _steps(self) -> ApoResult:
         began = time.monotonic()
         self._enter("origin", 0, f"{len(self.search_tasks)} tasks to search on, {len(self.held)} held out")
-        origin = await find(self.client, self.runner, self.spec.slot, self.search_tasks)
+        origin = await self.setup.origin()
         if origin.adopted:
             self._enter("origin", 0, f"adopted the agent's own prompt as {self.spec.slot}@{origin.version}")
+        await self._probe(origin.template)
         found = await self._search(origin)
         if found.stop == "failures":
             raise RatchetError(f"the agent is broken: {found.reason}")
@@ -150,6 +179,7 @@ class _Work:
         gate: Verdict | None = None
         if found.changed:
             pairs = await self._hold(origin.template, found.best_template)
+        if len(pairs) >= 2:
             # Every candidate that these tasks have seen counts, whichever job brought it: held-out data wears out.
             tried = await self.evaluator.tried_on({task.id for task in self.held})
             gate = decide(
@@ -165,64 +195,77 @@ class _Work:
         path = await asyncio.to_thread(write_report, result, self.data_dir / "reports")
         return replace(result, report=path)
 
+    async def _probe(self, template: str) -> None:
+        """One rollout of the prompt as it is, where a limit needs to know what one costs."""
+        if not self.budget.limited or not self.budget.reserve(1):
+            return
+        (outcome,) = await self.evaluator.evaluate([Request(template, self.search_tasks[0], PROBE)])
+        unknown = {"tokens": outcome.tokens is None, "usd": outcome.cost_usd is None}
+        for name in self.budget.limited:
+            if outcome.ok and unknown.get(name):
+                raise BadInput(
+                    f"--budget-{name} cannot be held: nobody says what a rollout costs in {name}; limit rollouts or "
+                    f"seconds, or give the model's entry in model_list its price",
+                    param=f"budget_{name}",
+                )
+        self.budget.settle(outcome.tokens, outcome.cost_usd, outcome.seconds)
+
     async def _search(self, origin: Origin) -> SearchResult:
         self._enter("search", self.spec.budget, f"searching with at most {self.spec.budget} rollouts")
-        log = ProposalLog(self._proposer(origin), self.data_dir / "jobs" / f"{self.job.job_id}.proposals.jsonl")
-        return await factorial.search(
-            origin.template,
-            self.search_tasks,
-            self._evaluate,
-            log,
-            self._params(),
-            on_progress=self._searching,
-            rows=await self._paid_rows(),
-            proposals=log.earlier,
-            budget=Budget(self.spec.budget),
-            train_texts=[str(value) for task in self.search_tasks for value in task.data.values()],
+        folder = self.data_dir / "jobs"
+        ask, complete = self.setup.ask, None
+        free = list(self.setup.free(origin))
+        if ask is not None:
+            complete = ReplyLog(ask, folder / f"{self.job.job_id}.replies.jsonl", self.budget).complete
+        proposers: list[Proposer] = [*free, *([LLMEditor(complete)] if complete else [])]
+        log = ProposalLog(Chain(proposers), folder / f"{self.job.job_id}.proposals.jsonl")
+        return await self.engine.search(
+            Problem(
+                origin.template,
+                self.search_tasks,
+                self._evaluate,
+                self.budget,
+                log,
+                complete,
+                seed=self.spec.seed,
+                concurrency=self.spec.concurrency,
+                rows=await self._paid_rows(),
+                proposals=log.earlier,
+                train_texts=[str(value) for task in self.search_tasks for value in task.data.values()],
+                on_progress=self._searching,
+                params=self.spec.engine_params,
+            )
         )
 
-    def _params(self) -> factorial.Params:
-        """The engine's defaults; blocks that leave no agent idle where more run at once than a block has rollouts."""
-        block = None if self.spec.concurrency <= 4 else self.spec.concurrency
-        return factorial.Params(budget=self.spec.budget, seed=self.spec.seed, block=block)
-
-    def _proposer(self, origin: Origin) -> Proposer:
-        async def successes() -> list[Example]:
-            return await gather(self.client, self.spec.slot, origin.template, self.search_tasks, self.held)
-
-        chain: list[Proposer] = [Bank(), Demonstrations(source=successes, seed=self.spec.seed)]
-        optimizer = self.settings.optimizer
-        if optimizer.model:
-            base = optimizer.api_base or f"{self.base_url}/e/{self.job.job_id}-editor/v1"
-            key = optimizer.api_key or self.api_key or os.environ.get("OPENAI_API_KEY")
-            chain.append(LLMEditor(completer(base, optimizer.model, key)))
-        return Chain(chain)
-
-    async def _paid_rows(self) -> list[factorial.Row]:
+    async def _paid_rows(self) -> list[Row]:
         """What this very job paid for before it was broken off."""
         known = {task.id: task for task in self.search_tasks}
         return [
             row_of(event, known[event["task_id"]])
             for event in await self.evaluator.evaluations()
-            if event["arm"] == "search" and event["task_id"] in known
+            if event["arm"] == "search" and event["task_id"] in known and event["replicate"] != PROBE
         ]
 
     async def _hold(self, before: str, after: str) -> tuple[HeldOut, ...]:
-        """Both prompts once on every held-out task, side by side in time."""
-        self._enter("gate", 2 * len(self.held), f"testing on {len(self.held)} held-out tasks, both prompts")
+        """Both prompts on every held-out task, side by side in time; on fewer where the budget leaves no more."""
+        each = 2 * self.spec.replicates
+        held = self.held[: self.budget.affordable(each * len(self.held)) // each] if self.budget.limited else self.held
+        short = "" if len(held) == len(self.held) else f" of {len(self.held)}: the budget leaves no more"
+        self._enter("gate", each * len(held), f"testing on {len(held)} held-out tasks{short}, both prompts")
         requests = [
-            Request(template, task, arm=arm)
-            for task in self.held
+            Request(template, task, replicate, arm)
+            for task in held
+            for replicate in range(self.spec.replicates)
             for template, arm in ((before, "baseline"), (after, "candidate"))
         ]
         outcomes = await self._evaluate(requests)
-        return tuple(
-            HeldOut(old.request.task.id, old.score, new.score, old.answer, new.answer, old.reason, new.reason)
-            for old, new in zip(outcomes[::2], outcomes[1::2], strict=True)
-        )
+        return tuple(pair_of(outcomes[at : at + each]) for at in range(0, len(outcomes), each))
 
     async def _evaluate(self, requests: Sequence[Request]) -> list[Outcome]:
-        await self.job.report(phase=self._phase, rollouts=self._done, total=self._total, **self._belief())
+        seconds = round(self.budget.used["seconds"], 1)
+        await self.job.report(
+            phase=self._phase, rollouts=self._done, total=self._total, seconds=seconds, **self._belief()
+        )
         outcomes = await self.evaluator.evaluate(requests)
         if self._phase == "gate":
             await self.job.report(rollouts=self._done)
@@ -241,9 +284,9 @@ class _Work:
         return ApoResult(
             job_id=self.job.job_id,
             slot=self.spec.slot,
-            verdict="reject" if gate is None else gate.decision,
+            verdict=gate.decision if gate else "shadow" if found.changed else "reject",
             promoted=revision is not None,
-            reason=f"no better prompt was found: {found.reason}" if gate is None else gate.reason,
+            reason=_reason(found, gate),
             seed_template=origin.template,
             best_template=found.best_template,
             seed_version=origin.version,
@@ -290,3 +333,11 @@ class _Work:
     def _enter(self, phase: str, total: int, message: str) -> None:
         self._phase, self._done, self._total = phase, 0, total
         self._say(Stage(phase, 0, total, message))
+
+
+def _reason(found: SearchResult, gate: Verdict | None) -> str:
+    if gate is not None:
+        return gate.reason
+    if found.changed:
+        return "a candidate was found, but the budget left nothing for the held-out test"
+    return f"no better prompt was found: {found.reason}"

@@ -10,7 +10,8 @@ from collector.errors import BadInput, NotFound, RatchetError
 from collector.template import render
 from optimize.dataset import UNTOLD, Task
 from optimize.patience import patiently
-from optimize.runner import Plan, Runner
+from optimize.rollout import Plan
+from optimize.runner import Runner
 
 SAMPLES = 2  # runs of the agent that are compared to find what varies in its prompt
 

@@ -1,7 +1,9 @@
-"""What a resumed search needs to arrive where it was: its paid rollouts as rows, and its proposals."""
+"""What a resumed search needs to arrive where it was: its paid rollouts as rows, its proposals, its model's replies."""
 
 import asyncio
+import hashlib
 import json
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +12,10 @@ from typing import Any
 from optimize.apo.engine import Row
 from optimize.apo.parts import Part
 from optimize.apo.proposers import Proposer, State
+from optimize.budget import Budget
 from optimize.dataset import Task
 from optimize.evaluate import feedback, tokens
+from optimize.llm import Ask, ModelError
 
 
 class ProposalLog:
@@ -20,21 +24,56 @@ class ProposalLog:
     def __init__(self, inner: Proposer, path: Path) -> None:
         self._inner = inner
         self._path = path
-        self.earlier: list[list[Part]] = []
-        if path.is_file():
-            whole, _, _torn = path.read_text().rpartition("\n")
-            self.earlier = [[part_of(fields) for fields in json.loads(line)] for line in whole.splitlines()]
-            path.write_text(whole + "\n" if whole else "")
+        self.earlier: list[list[Part]] = [[part_of(fields) for fields in line] for line in _whole_lines(path)]
 
     async def propose(self, state: State) -> list[Part]:
         """What the inner proposer says, once it is written down."""
         parts = await self._inner.propose(state)
-        await asyncio.to_thread(self._append, json.dumps([asdict(part) for part in parts]) + "\n")
+        await asyncio.to_thread(_append, self._path, [asdict(part) for part in parts])
         return parts
 
-    def _append(self, line: str) -> None:
-        with self._path.open("a") as file:
-            file.write(line)
+
+class ReplyLog:
+    """The optimizer's model behind a log: a question that was answered before a break is not asked again.
+
+    Each call is within `budget`, and settled with it, those before the break too. Raises ModelError where the model
+    gives no answer or the budget leaves none.
+    """
+
+    def __init__(self, ask: Ask, path: Path, budget: Budget) -> None:
+        self._ask = ask
+        self._path = path
+        self._budget = budget
+        self._earlier: dict[str, deque[str]] = {}
+        for line in _whole_lines(path):
+            self._earlier.setdefault(line["question"], deque()).append(line["text"])
+            budget.settle_call(line["tokens"], line["cost_usd"])
+
+    async def complete(self, messages: list[dict[str, str]]) -> str:
+        """The reply's text, once it is written down."""
+        question = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:24]
+        if known := self._earlier.get(question):
+            return known.popleft()
+        if not self._budget.affords_call():
+            raise ModelError("the budget leaves nothing for a further call of the optimizer's model")
+        reply = await self._ask(messages)
+        self._budget.settle_call(reply.tokens, reply.cost_usd)
+        await asyncio.to_thread(_append, self._path, {"question": question, **asdict(reply)})
+        return reply.text
+
+
+def _whole_lines(path: Path) -> list[Any]:
+    """The values of a file of JSON lines; a torn last line is cut off."""
+    if not path.is_file():
+        return []
+    whole, _, _torn = path.read_text().rpartition("\n")
+    path.write_text(whole + "\n" if whole else "")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _append(path: Path, value: Any) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(value) + "\n")
 
 
 def part_of(fields: Mapping[str, Any]) -> Part:

@@ -1,18 +1,20 @@
 """What a prompt search came to: as an object, as JSON, as a report page."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
 
 from optimize.apo.engine import SearchResult
+from optimize.evaluation import Outcome
 from optimize.gate import Verdict
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One held-out task under both prompts; a failed rollout scored 0."""
+    """One held-out task under both prompts, means over its replicates; a failed rollout scored 0."""
 
     task_id: str
     before: float
@@ -21,6 +23,24 @@ class HeldOut:
     answer_after: str = ""
     reason_before: str | None = None
     reason_after: str | None = None
+    old: tuple[Outcome, ...] = ()
+    new: tuple[Outcome, ...] = ()
+
+
+def pair_of(outcomes: Sequence[Outcome]) -> HeldOut:
+    """The held-out pair of one task: its outcomes, the old prompt's and the new one's in turn."""
+    old, new = tuple(outcomes[::2]), tuple(outcomes[1::2])
+    return HeldOut(
+        old[0].request.task.id,
+        sum(one.score for one in old) / len(old),
+        sum(one.score for one in new) / len(new),
+        old[0].answer,
+        new[0].answer,
+        next((one.reason for one in old if one.reason), None),
+        next((one.reason for one in new if one.reason), None),
+        old,
+        new,
+    )
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,22 @@ from collector.registry import check_slot_name
 from optimize.dataset import Task, load_tasks, split
 
 Promote = Literal["auto", "canary", "never"]
+Mode = Literal["agent", "replay", "function"]
+ENGINES = ("factorial", "beam", "gepa")
+# By name: the beam's are those of Agent Lightning's APO; `minibatch` is gepa's reflection_minibatch_size.
+ENGINE_PARAMS = ("beam_width", "branch_factor", "beam_rounds", "gradient_batch_size", "val_batch_size", "minibatch")
 CANARY_SHARE = 0.1
 MIN_BUDGET = 20
 
 
 @dataclass(frozen=True)
 class ApoSpec:
-    """`budget` is in rollouts of the search; the held-out test adds two a held-out task. `holdout`: count or share."""
+    """`budget` is in rollouts of the search; the held-out test adds `replicates` times two a held-out task. The other
+    budgets, where given, are for both together. `holdout`: count or share.
+
+    `mode`: agent runs `command` on the tasks, replay sends logged requests again (`force`: of several-step episodes
+    too), function calls a function of the process that began the job.
+    """
 
     slot: str
     tasks: str
@@ -35,6 +44,14 @@ class ApoSpec:
     model: str | None = None  # OPENAI_MODEL as the agent sees it
     cwd: str = field(default_factory=lambda: str(Path.cwd()))
     tasks_sha256: str | None = None
+    mode: Mode = "agent"
+    force: bool = False
+    budget_tokens: int | None = None
+    budget_usd: float | None = None
+    budget_seconds: float | None = None
+    replicates: int = 1
+    runner: str = "local"
+    engine_params: dict[str, Any] = field(default_factory=dict)
     started_ns: int = field(default_factory=time.time_ns)
 
     def as_dict(self) -> dict[str, Any]:
@@ -65,14 +82,32 @@ def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def check_params(params: Mapping[str, Any]) -> None:
+    """Raise BadInput where an engine's parameter is unknown, or no number from 1 on."""
+    for name, value in params.items():
+        if name not in ENGINE_PARAMS:
+            raise BadInput(f"no engine has a parameter {name!r}; there are: {', '.join(ENGINE_PARAMS)}", param=name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BadInput(f"{name} must be a whole number from 1 on, not {value!r}", param=name)
+
+
 def check(spec: ApoSpec) -> None:
     """Raise BadInput for what can be seen to be wrong before anything runs."""
     check_slot_name(spec.slot)
-    if spec.engine != "factorial":
-        raise BadInput(f"there is no engine {spec.engine!r}; there is: factorial", param="engine")
+    if spec.engine not in ENGINES:
+        raise BadInput(f"there is no engine {spec.engine!r}; there are: {', '.join(ENGINES)}", param="engine")
+    check_params(spec.engine_params)
+    if spec.runner == "ray":
+        raise BadInput("--runner ray: this build runs agents on one machine; leave out --runner", param="runner")
+    if spec.runner != "local":
+        raise BadInput(f"--runner is local, not {spec.runner!r}", param="runner")
+    if spec.replicates < 1:
+        raise BadInput(f"--replicates is at least 1, not {spec.replicates}", param="replicates")
     if spec.promote not in ("auto", "canary", "never"):
         raise BadInput(f"--promote is auto, canary or never, not {spec.promote!r}", param="promote")
     if spec.budget < MIN_BUDGET:
         raise BadInput(f"a search needs a budget of at least {MIN_BUDGET} rollouts, not {spec.budget}", param="budget")
-    if not spec.command:
+    if spec.mode == "replay" and spec.grader is None:
+        raise BadInput("--replay needs --grader: new answers have no reward of their own", param="grader")
+    if spec.mode == "agent" and not spec.command:
         raise BadInput("give the agent's command after --, for example: -- python agent.py", param="command")

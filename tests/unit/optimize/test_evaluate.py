@@ -10,7 +10,7 @@ from collector.errors import Unavailable
 from optimize import patience
 from optimize.budget import Budget
 from optimize.dataset import make_task
-from optimize.evaluate import AgentEvaluator, context_hash
+from optimize.evaluate import JournalledEvaluator, context_hash
 from optimize.evaluation import Outcome, Request
 from optimize.grade import grader
 from optimize.runner import Runner
@@ -27,11 +27,11 @@ def world() -> Iterator[World]:
     made.close()
 
 
-def evaluator(world: World, command: list[str], job: str = "job-1", **options: Any) -> AgentEvaluator:
+def evaluator(world: World, command: list[str], job: str = "job-1", **options: Any) -> JournalledEvaluator:
     client = cast(Client, world)
     url = options.pop("url", world.url)
     runner = Runner(command, client, url, grade=grader("exact"), concurrency=2, timeout=20)
-    return AgentEvaluator(runner, client, "s", job_id=job, **{"context": "c", **options})
+    return JournalledEvaluator(runner, client, "s", job_id=job, **{"context": "c", **options})
 
 
 def scores(outcomes: list[Outcome]) -> list[float]:

@@ -13,7 +13,8 @@ from collector.errors import Unavailable
 from optimize import patience
 from optimize.dataset import Task, make_task
 from optimize.grade import grader
-from optimize.runner import Plan, Rollout, Runner
+from optimize.rollout import Plan, Rollout
+from optimize.runner import Runner
 from tests.unit.optimize.world import AGENT, World, script
 
 TASK = make_task({"id": "one", "question": "Say yes.", "expected": "yes"})

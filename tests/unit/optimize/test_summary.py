@@ -4,7 +4,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimize.runner import Rollout
+from optimize.rollout import Rollout
 from optimize.summary import interval, summarise
 
 

@@ -65,20 +65,20 @@ def test_weights_that_are_no_safetensors_are_refused(made: Path, tmp_path: Path)
 
     (made / WEIGHTS).write_bytes(b"\x80\x04pickled")
     rewrite(made, MANIFEST, weights_sha256=hashlib.sha256(b"\x80\x04pickled").hexdigest())
-    with pytest.raises(BadInput, match="is not safetensors"):
+    with pytest.raises(BadInput, match="safetensors"):
         verify(made, root=tmp_path)
 
 
 def test_changed_weights_are_refused(made: Path, tmp_path: Path) -> None:
     tensors = load_file(made / WEIGHTS)
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, made / WEIGHTS)
-    with pytest.raises(BadInput, match="not those of the manifest"):
+    with pytest.raises(BadInput, match="the weights are not those of"):
         verify(made, root=tmp_path)
 
 
 def test_a_changed_configuration_is_refused(made: Path, tmp_path: Path) -> None:
     rewrite(made, CONFIG, lora_alpha=800)
-    with pytest.raises(BadInput, match="not that of the manifest"):
+    with pytest.raises(BadInput, match="not that of"):
         verify(made, root=tmp_path)
 
 
