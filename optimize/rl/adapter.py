@@ -71,7 +71,7 @@ def save(
     if directory.exists():
         raise BadInput(f"{directory} exists: a version is never overwritten", param="adapter")
     draft = directory.with_name(f".{directory.name}.{os.getpid()}")
-    model.save_pretrained(draft, safe_serialization=True)
+    model.save_pretrained(draft, safe_serialization=True, selected_adapters=["default"])
     for file in draft.iterdir():
         if file.name not in (CONFIG, WEIGHTS):  # PEFT adds a model card
             file.unlink()
