@@ -8,7 +8,7 @@ from bench.gateway.run import Plan, run
 def main() -> None:
     """Read the flags, run."""
     parser = argparse.ArgumentParser(prog="python -m bench.gateway", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds over all targets and scenarios (5)")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds over all targets and scenarios (4)")
     parser.add_argument("--only", metavar="TARGET", nargs="+", help="floor ours unrecorded tensorzero portkey litellm")
     parser.add_argument("--scenario", metavar="NAME", nargs="+", help="json_c1 json_c16 json_6kb sse_unpaced sse_paced")
     parser.add_argument("--scale", type=float, default=1.0, help="how long each load lasts, times its default")

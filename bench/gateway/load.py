@@ -7,7 +7,7 @@ from typing import Any
 
 import httptools
 
-from bench.gateway.payloads import Scenario
+from bench.gateway.payloads import MODEL, Scenario
 from bench.gateway.stats import quantile
 
 PATIENCE = 60.0  # seconds for the calls under way at the end
@@ -31,14 +31,21 @@ SDK_HEADERS = (
 
 @dataclass(frozen=True)
 class Address:
-    """Where to send calls: `path` is that of chat completions, `headers` what this target wants beside the SDK's."""
+    """Where to send calls: `path` is that of chat completions, `headers` what this target wants beside the SDK's,
+    `model` how it wants the model to be named."""
 
     port: int
     path: str = "/v1/chat/completions"
     headers: tuple[tuple[str, str], ...] = ()
+    model: str = MODEL
+
+    def body(self, body: bytes) -> bytes:
+        """The body of a call, with this target's name of the model."""
+        return body.replace(b'"' + MODEL.encode() + b'"', b'"' + self.model.encode() + b'"', 1)
 
     def request(self, body: bytes) -> bytes:
         """The whole request."""
+        body = self.body(body)
         head = [f"POST {self.path} HTTP/1.1", f"host: 127.0.0.1:{self.port}"]
         head += [f"{name}: {value}" for name, value in (*SDK_HEADERS, *self.headers)]
         head.append(f"content-length: {len(body)}")

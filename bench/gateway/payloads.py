@@ -58,16 +58,16 @@ def scenarios() -> tuple[Scenario, ...]:
     paced = request(f"What is the capital of France? {PACED}", stream=True)
     return (
         Scenario("json_c1", "JSON, c=1", 1, short, False, 1.0, 2_000),
-        Scenario("json_c16", "JSON, c=16", 16, short, False, 2.5, 12_000),
-        Scenario("json_6kb", "JSON 6 KB, c=16", 16, request(long_text()), False, 2.5, 8_000),
-        Scenario("sse_unpaced", "SSE, c=4", 4, streamed, True, 2.5, 4_000),
-        Scenario("sse_paced", "SSE paced, c=16", 16, paced, True, 2.5, 2_000),
+        Scenario("json_c16", "JSON, c=16", 16, short, False, 2.0, 12_000),
+        Scenario("json_6kb", "JSON 6 KB, c=16", 16, request(long_text()), False, 2.0, 8_000),
+        Scenario("sse_unpaced", "SSE, c=4", 4, streamed, True, 2.0, 4_000),
+        Scenario("sse_paced", "SSE paced, c=16", 16, paced, True, 2.0, 2_000),
     )
 
 
 def reply() -> bytes:
     """The JSON answer, about 420 bytes."""
-    message = {"role": "assistant", "content": "Paris", "refusal": None, "annotations": []}
+    message: dict[str, Any] = {"role": "assistant", "content": "Paris", "refusal": None, "annotations": []}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     usage = {"prompt_tokens": 29, "completion_tokens": 3, "total_tokens": 32}
     return orjson.dumps(

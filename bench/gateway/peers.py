@@ -26,8 +26,8 @@ TENSORZERO = ("tensorzero==2026.6.0", "openai>=2,<3")
 PORTKEY = {
     "private": True,
     "dependencies": {"@portkey-ai/gateway": "1.15.2"},
-    # From 1.14.3 on its HTTP server hands out read-only headers, on which the gateway fails (its issue 1389).
-    "overrides": {"@hono/node-server": "1.14.2"},
+    # What its own lock file takes; with releases from 1.14.2 on streams end in a 500 (its issue 1389).
+    "overrides": {"@hono/node-server": "1.13.5"},
 }
 KEY = "sk-bench"
 _HERE = Path(__file__).parent
@@ -45,6 +45,7 @@ class Command:
     port: int | None
     path: str = "/v1/chat/completions"
     headers: tuple[tuple[str, str], ...] = ()
+    model: str = payloads.MODEL
     env: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -57,7 +58,7 @@ def served(name: str, folder: Path, upstream: str, cpus: set[int]) -> Iterator[T
     began = time.monotonic()
     with process.running(command.argv, log, cpus, process.environment(**command.env)) as running:
         port = command.port or process.port_of(running, log)
-        target = Target(name, Address(port, command.path, command.headers), running, folder)
+        target = Target(name, Address(port, command.path, command.headers, command.model), running, folder)
         yield process.answering(target, log, began)
 
 
@@ -134,7 +135,13 @@ def _tensorzero(folder: Path, upstream: str) -> Command:
     config.write_text(_TENSORZERO.format(model=payloads.MODEL, upstream=upstream))
     python = ENVIRONMENTS / "bench-tensorzero/bin/python"
     argv = [str(python), str(_HERE / "tensorzero_gateway.py"), str(config)]
-    return Command(argv, None, path="/openai/v1/chat/completions", env={"OPENAI_API_KEY": "upstream-key"})
+    return Command(
+        argv,
+        None,
+        path="/openai/v1/chat/completions",
+        model=f"tensorzero::model_name::{payloads.MODEL}",
+        env={"OPENAI_API_KEY": "upstream-key", "RUST_LOG": "error", "NO_COLOR": "1"},
+    )
 
 
 _TENSORZERO = """[gateway]

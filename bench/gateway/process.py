@@ -133,7 +133,7 @@ def answering(target: Target, log: Path, began: float) -> Target:
 def ask(target: Target) -> bool:
     """One small call: whether a target answers it as it should. A call that reaches nobody is not counted as sent."""
     headers = {**dict(SDK_HEADERS), **dict(target.address.headers)}
-    body = payloads.scenarios()[0].body
+    body = target.address.body(payloads.scenarios()[0].body)
     connection = http.client.HTTPConnection("127.0.0.1", target.address.port, timeout=30)
     try:
         connection.request("POST", target.address.path, body, headers)

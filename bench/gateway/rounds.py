@@ -40,7 +40,7 @@ class Samples:
 
 def turns(targets: Sequence[Target], at: int) -> list[Target]:
     """The targets in the order of a round: each begins in its turn, so that none always follows the same one."""
-    start = at % len(targets)
+    start = at % len(targets) if targets else 0
     return [*targets[start:], *targets[:start]]
 
 

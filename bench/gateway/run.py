@@ -31,7 +31,7 @@ _RECORDING = (figures.OURS, "unrecorded")
 class Plan:
     """What to run. `targets` and `names` of scenarios None: all. `quick`: no boots, no memory."""
 
-    rounds: int = 5
+    rounds: int = 4
     targets: Sequence[str] | None = None
     names: Sequence[str] | None = None
     scale: float = 1.0
@@ -81,7 +81,6 @@ def run(plan: Plan) -> Result:
     seconds = time.monotonic() - began
     text = report.markdown(result, outcome.samples, stage, outcome.memory)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-    result.show(console)
     if plan.whole:
         result.write(seconds)
         (RESULTS / "gateway.md").write_text(text)

@@ -88,6 +88,9 @@ class Stage:
         """Start each target alone on all CPUs and end it again, peers once. The names of those that answered."""
         present = []
         for name in names:
+            if name == "unrecorded":  # the same server
+                present.append(name)
+                continue
             self.say(f"{name}: boot")
             try:
                 for _ in range(1 if name in PEERS else BOOTS):
