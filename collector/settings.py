@@ -181,6 +181,7 @@ class Storage(Section):
     data_dir: Path = Path("data")
     memory_limit_mb: int = Field(default=1024, ge=64)
     query_timeout: float = Field(default=30, gt=0)
+    max_answer_mb: float = Field(default=16, gt=0)
     redaction: Redaction = Redaction()
 
 

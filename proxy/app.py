@@ -28,6 +28,7 @@ class App:
     ) -> None:
         self._guard = Guard(settings.server, versions)
         self._cold = cold
+        self._copy_limit = int(settings.store.max_answer_mb * (1 << 20))
         self._relay = Relay(
             upstream,
             Prompts(versions, table),
@@ -59,7 +60,9 @@ class App:
         except RatchetError as error:
             await errors.respond(send, error)
             return
-        await self._relay.serve(scope, receive, send, begin(route, route.dialect, headers, tenant or ""))
+        call = begin(route, route.dialect, headers, tenant or "")
+        call.copy_limit = self._copy_limit
+        await self._relay.serve(scope, receive, send, call)
 
 
 def begin(route: Route, dialect: Dialect, headers: dict[bytes, bytes], tenant: str) -> Call:

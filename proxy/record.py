@@ -52,6 +52,7 @@ class Call:
     trace: Trace
     named: str | None  # the header x-ratchet-episode
     tenant: str  # the name of the key; empty without keys
+    copy_limit: int = 16 << 20  # bytes of the answer that are kept for the record
     span_id: str = field(default_factory=lambda: secrets.token_hex(8))
     start_ns: int = field(default_factory=time.time_ns)
     began: int = field(default_factory=time.perf_counter_ns)
@@ -70,6 +71,7 @@ class Call:
     stream: bool = False
     cost_usd: float | None = None
     summary: Summary = field(default_factory=Summary)
+    truncated: bool = False  # whether a part of the answer was too long to be kept
     written: bool = False
     _identity: Identity | None = None
 
@@ -203,6 +205,8 @@ def _attributes(call: Call, body: Json) -> Json:
         kept["ambiguous"] = True
     if call.tenant:
         kept["key"] = call.tenant
+    if call.truncated:
+        kept["truncated"] = True
     return kept
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -15,11 +16,13 @@ from proxy.errors import Broken, ClientGone, Header
 from proxy.identity import identify
 from proxy.prepare import Body, Prompts, parse
 from proxy.record import Call, Recorder
+from proxy.server import CONNECTION, Cycle
 from proxy.table import Table
 from proxy.upstream import Request, Upstream, headers_for
 
 log = logging.getLogger(__name__)
 _LENGTH = b"content-length"
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')  # in a chunk that tells nothing but the usage
 
 
 class Answer(Protocol):
@@ -29,6 +32,7 @@ class Answer(Protocol):
     headers: list[Header]
     stream: bool
     encoding: str
+    length: int | None
     cost_usd: float | None
 
     async def read(self) -> bytes:
@@ -45,17 +49,21 @@ class Answer(Protocol):
 
 
 class HangUp:
-    """While it is entered, a client that goes away cancels the block, which then ends in ClientGone."""
+    """While it is entered, a client that goes away cancels the block, which then ends in ClientGone.
 
-    def __init__(self, connection: Cycle) -> None:
-        self._connection = connection
+    The server's Protocol tells; under another ASGI server nobody is noticed to leave before something is sent.
+    """
+
+    def __init__(self, scope: Any) -> None:
+        self._connection: Cycle | None = scope.get("extensions", {}).get(CONNECTION)
         self._gone = False
 
     def __enter__(self) -> Self:
         self._block = asyncio.current_task()
-        self._connection.on_gone = self._cancel
-        if self._connection.disconnected:
-            self._cancel()
+        if self._connection is not None:
+            self._connection.on_gone = self._cancel
+            if self._connection.disconnected:
+                self._cancel()
         return self
 
     def __exit__(
@@ -68,7 +76,8 @@ class HangUp:
 
     def release(self) -> None:
         """Stops watching: from here on the answer is written, whether somebody hears it or not."""
-        self._connection.on_gone = None
+        if self._connection is not None:
+            self._connection.on_gone = None
 
     def _cancel(self) -> None:
         self._gone = True
@@ -89,8 +98,7 @@ class Client:
         """The head of the answer; the call's own headers are added."""
         self.started = True
         self._call.http_status = status
-        kept = [pair for pair in headers if not pair[0].startswith(b"x-ratchet-")]
-        await self._send({"type": "http.response.start", "status": status, "headers": kept + self._call.headers()})
+        await self._send({"type": "http.response.start", "status": status, "headers": headers + self._call.headers()})
 
     async def body(self, chunk: bytes) -> None:
         """A piece of the body that more follows."""
@@ -154,7 +162,7 @@ class Relay:
         headers = dict(given)
         raw = await limits.read_body(receive, headers.get(_LENGTH), self._limit)
         call.request_bytes = len(raw)
-        with HangUp(receive) as hang_up:
+        with HangUp(scope) as hang_up:
             request = await self._prepare(scope, given, headers, raw, call)
             stripping = call.dialect.usage_option and call.reading.stream and _add_usage(call, request)
             answer = await self._send(request, call)
@@ -218,7 +226,12 @@ async def _answer(hang_up: HangUp, client: Client, call: Call, answer: Answer, s
 
 
 async def _whole(hang_up: HangUp, client: Client, call: Call, answer: Answer) -> None:
-    body = await answer.read()
+    """An answer that is read and recorded; one too long for that is passed on as it comes."""
+    body, more = await _read(answer, call.copy_limit)
+    if more:
+        call.truncated = True
+        await _pass_through(hang_up, client, call, answer, body)
+        return
     hang_up.release()
     call.first_byte()
     call.cost_usd = answer.cost_usd
@@ -230,16 +243,32 @@ async def _whole(hang_up: HangUp, client: Client, call: Call, answer: Answer) ->
     await client.whole(answer.status, answer.headers, body)
 
 
-async def _pass_through(hang_up: HangUp, client: Client, call: Call, answer: Answer) -> None:
+async def _read(answer: Answer, limit: int) -> tuple[bytes, bool]:
+    """The whole body, or what there was of it when it got longer than `limit`, and whether more follows."""
+    if answer.length is not None and answer.length <= limit:
+        return await answer.read(), False
+    parts: list[bytes] = []
+    size = 0
+    async for chunk in answer.chunks():
+        parts.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            return b"".join(parts), True
+    return b"".join(parts), False
+
+
+async def _pass_through(hang_up: HangUp, client: Client, call: Call, answer: Answer, held: bytes = b"") -> None:
     """Bodies of any kind and size: forwarded as they come, one piece behind, so that the last one leaves after the
     record was written."""
     await client.start(answer.status, answer.headers)
-    held = b""
-    async for chunk in _mended(answer):
-        call.first_byte()
-        if held:
-            await client.body(held)
-        held = chunk
+    try:
+        async for chunk in answer.chunks():
+            call.first_byte()
+            if held:
+                await client.body(held)
+            held = chunk
+    except RatchetError as error:
+        raise Broken(error) from error
     hang_up.release()
     _judge(call, answer.status)
     await client.last(held)
@@ -257,19 +286,20 @@ class Streaming:
         self._stripping = stripping and self._plain
         self._splitter = sse.Splitter()
         self._copy: list[bytes] = []
+        self._copied = 0
 
     async def run(self, hang_up: HangUp) -> None:
         """Until the upstream's end. Raises ClientGone, or Broken when the upstream breaks off."""
         headers = _without_length(self._answer.headers) if self._stripping else self._answer.headers
         await self._client.start(self._answer.status, headers)
         try:
-            async for chunk in _mended(self._answer):
+            async for chunk in self._answer.chunks():
                 self._call.first_byte()
                 await self._take(chunk)
-        except Broken:
+        except RatchetError as error:  # the head is out, so this can't become an error answer any more
             if not self._call.written:  # else the end had been told already, and nothing is missing
                 await self._client.body(self._splitter.rest)
-                raise
+                raise Broken(error) from error
         finally:
             self._sum_up()
         hang_up.release()
@@ -282,29 +312,53 @@ class Streaming:
         if self._call.written:
             await self._client.body(run)
             return
-        self._copy.append(run)
-        ending = self._plain and any(mark in run for mark in self._call.dialect.marks)
-        if not ending and not (self._stripping and b'"usage"' in run):
+        at = _suspect(run, self._call.dialect, self._stripping) if self._plain else -1
+        self._keep(run, at >= 0)
+        if at < 0:
             await self._client.body(run)
             return
-        now, last = _divide(run, self._call.dialect, self._stripping)
-        if now:
-            await self._client.body(now)
+        now, last = _divide(run[at:], self._call.dialect, self._stripping)
+        if at or now:
+            await self._client.body(run[:at] + now)
         if last:
             self._sum_up()
             await self._client.last(last, more=True)
+
+    def _keep(self, run: bytes, matters: bool) -> None:
+        """Copies what is to be recorded; of a stream beyond all measure the beginning, and what tells of its end."""
+        self._copied += len(run)
+        if matters or self._copied <= self._call.copy_limit:
+            self._copy.append(run)
+        else:
+            self._call.truncated = True
 
     def _sum_up(self) -> None:
         """Reads the copy, once: at the event that ends the stream, or where the stream was cut."""
         if self._call.written:
             return
-        copy = self._answer.decoded(b"".join((*self._copy, self._splitter.rest)))
+        copy = self._answer.decoded(b"".join((*self._copy, self._splitter.rest))) or b""
         parser = self._call.dialect.parser()
-        for event in sse.events(copy or b""):
-            parser.feed(event)
+        values = sse.values(copy)
+        if values is None:
+            for event in sse.events(copy):
+                parser.feed(event)
+        else:
+            for value in values:
+                parser.take(value)
         self._call.summary = parser.summary()
         self._call.cost_usd = self._answer.cost_usd
         _judge(self._call, self._answer.status)
+
+
+def _suspect(run: bytes, dialect: Dialect, stripping: bool) -> int:
+    """Where the first event begins that may be the last one, or the usage chunk to strip; -1 if there is none."""
+    found = [at for mark in dialect.marks if (at := run.find(mark)) >= 0]
+    if stripping and (empty := _NO_CHOICES.search(run)) is not None:
+        found.append(empty.start())
+    if not found:
+        return -1
+    before = -1 if b"\r" in run else run.rfind(b"\n\n", 0, min(found))
+    return before + 2 if before >= 0 else 0
 
 
 def _divide(run: bytes, dialect: Dialect, stripping: bool) -> tuple[bytes, bytes]:
@@ -330,15 +384,6 @@ def _only_usage(event: sse.Event) -> bool:
     except orjson.JSONDecodeError:
         return False
     return isinstance(chunk, dict) and chunk.get("choices") == [] and isinstance(chunk.get("usage"), dict)
-
-
-async def _mended(answer: Answer) -> Any:
-    """The chunks; after the head is out, an upstream that breaks off can't become an error answer any more."""
-    try:
-        async for chunk in answer.chunks():
-            yield chunk
-    except RatchetError as error:
-        raise Broken(error) from error
 
 
 def _add_usage(call: Call, request: Request) -> bool:

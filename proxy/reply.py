@@ -13,26 +13,39 @@ HOP = frozenset((b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-au
                  b"te", b"trailer", b"transfer-encoding", b"upgrade"))  # fmt: skip
 
 
+_NAMES: dict[bytes, bytes | None] = {}  # names as upstreams spell them -> in lower case; None: not passed on
+_MOST_NAMES = 1024
+
+
+def _learn(raw: bytes) -> bytes | None:
+    """Upstreams use few names, so what is to be done with each is found out once."""
+    lower = raw.lower()
+    name = None if lower in HOP or lower.startswith(b"x-ratchet-") else lower
+    if len(_NAMES) < _MOST_NAMES:
+        _NAMES[raw] = name
+    return name
+
+
 class Reply(ABC):
-    """Status, headers in lower case without this hop's, and the body to be read. Reading raises UpstreamError or
-    UpstreamTimeout."""
+    """Status, headers in lower case without this hop's and without such as only we may set, and the body to be read.
+    `length`: of the body, where it was told. Reading raises UpstreamError or UpstreamTimeout."""
 
     cost_usd: float | None = None
 
     def __init__(self, status: int, headers: Iterable[Header]) -> None:
         self.status = status
         self.headers: list[Header] = []
-        kind = encoding = b""
+        given: dict[bytes, bytes] = {}
         for raw, value in headers:
-            name = raw.lower()
-            if name not in HOP:
+            name = _NAMES[raw] if raw in _NAMES else _learn(raw)
+            if name is not None:
                 self.headers.append((name, value))
-            if name == b"content-type":
-                kind = kind or value
-            elif name == b"content-encoding":
-                encoding = encoding or value
-        self.stream = kind.strip().lower().startswith(b"text/event-stream")
-        self.encoding = encoding.strip().lower().decode("latin-1") or "identity"
+                given.setdefault(name, value)
+        length = given.get(b"content-length", b"")
+        self.length = int(length) if length.isdigit() else None
+        self.stream = given.get(b"content-type", b"").strip().lower().startswith(b"text/event-stream")
+        encoding = given.get(b"content-encoding")
+        self.encoding = (encoding.strip().lower().decode("latin-1") if encoding else "") or "identity"
 
     def decoded(self, body: bytes) -> bytes | None:
         """A readable copy of the body; None for an encoding that isn't known here, or if it is cut."""
@@ -67,11 +80,16 @@ class RawReply(Reply):
         except TransportError as error:
             raise broken() from error
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive."""
+        return self
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
         try:
-            async for chunk in self._response:
-                yield chunk
+            return await anext(self._response)
         except ReadTimeout as error:
             raise late() from error
         except TransportError as error:

@@ -6,12 +6,16 @@ on bytes, so a UTF-8 sequence split between two reads is never decoded in halves
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import orjson
 
 # Two line ends in a row. A CR is a line end of its own only where no LF follows; after a line that ended in LF, an LF
 # is to be expected, so a CR at the very end of what has arrived is not believed yet.
 _BLANK = re.compile(rb"(?:\r\n|\n)(?:\r\n|\n|\r(?=[^\n]))|\r(?!\n)(?:\r\n|\n|\r)")
 _BOM = b"\xef\xbb\xbf"
+_DATA = b"data: "
+_DONE = b"data: [DONE]\n\n"
 MAX_EVENT = 32 << 20
 
 
@@ -79,3 +83,19 @@ def events(stream: bytes) -> Iterator[Event]:
         event = read(block)
         if event is not None:
             yield event
+
+
+def values(stream: bytes) -> list[dict[str, Any]] | None:
+    """The JSON objects of a plain stream by one parse, a closing `[DONE]` left out. None for any other stream, which
+    `events` then reads: with names, comments or CRs, with data of several lines or that are no JSON objects, or cut."""
+    rest = stream.removesuffix(_DONE)
+    if not rest.startswith(_DATA) or not rest.endswith(b"\n\n") or b"\r" in rest:
+        return None
+    parts = rest[len(_DATA) : -2].split(b"\n\n" + _DATA)
+    if rest.count(b"\n") != 2 * len(parts):
+        return None
+    try:
+        found = orjson.loads(b"[%b]" % b",".join(parts))
+    except orjson.JSONDecodeError:
+        return None
+    return found if len(found) == len(parts) and all(type(value) is dict for value in found) else None

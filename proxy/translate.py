@@ -41,6 +41,7 @@ class Translated:
     """An answer in OpenAI's dialect, made from a provider's. Reading raises UpstreamError or UpstreamTimeout."""
 
     encoding = "identity"
+    length: int | None = 0  # it is all there
 
     def __init__(self, status: int, headers: list[Header], body: bytes = b"", source: Any = None) -> None:
         self.status = status

@@ -133,6 +133,7 @@ def _table(data_dir: Path, runtime: Path) -> "Table":
 
 def _config(app: Any, context: "Context") -> uvicorn.Config:
     from proxy.routes.ops import Count, publish
+    from proxy.server import Protocol
 
     count = Count(context)
 
@@ -143,7 +144,7 @@ def _config(app: Any, context: "Context") -> uvicorn.Config:
 
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=Protocol,
         ws="none",
         lifespan="off",
         access_log=False,

@@ -62,7 +62,10 @@ class StreamParser(Protocol):
     """Follows one stream."""
 
     def feed(self, event: Event) -> None:
-        """Takes the next event."""
+        """Takes the next event; what isn't a JSON object tells nothing."""
+
+    def take(self, value: Json) -> None:
+        """Takes the JSON of the next event, in a stream whose events have no names."""
 
     def summary(self) -> Summary:
         """What is known so far; also of a stream that was cut."""

@@ -91,8 +91,11 @@ class ChatStream:
             chunk = orjson.loads(event.data)
         except orjson.JSONDecodeError:
             return
-        if not isinstance(chunk, dict):
-            return
+        if isinstance(chunk, dict):
+            self.take(chunk)
+
+    def take(self, chunk: Json) -> None:
+        """Takes the next chunk."""
         merge_head(self._summary, chunk)
         if self._prompt_ids is None:
             self._prompt_ids = chunk.get("prompt_token_ids")

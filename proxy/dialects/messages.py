@@ -93,8 +93,11 @@ class MessagesStream:
             body = orjson.loads(event.data)
         except orjson.JSONDecodeError:
             return
-        if not isinstance(body, dict):
-            return
+        if isinstance(body, dict):
+            self.take(body)
+
+    def take(self, body: Json) -> None:
+        """Takes the next event's JSON, which has the event's name in it."""
         self._error = error_of(body) or self._error
         kind = body.get("type")
         if kind == "message_start" and isinstance(body.get("message"), dict):

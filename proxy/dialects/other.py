@@ -39,6 +39,9 @@ class Silent:
     def feed(self, event: Event) -> None:
         """Ignores it."""
 
+    def take(self, value: Json) -> None:
+        """Ignores it."""
+
     def summary(self) -> Summary:
         """Nothing is known."""
         return Summary()

@@ -110,9 +110,12 @@ class ResponsesStream:
             body = orjson.loads(event.data)
         except orjson.JSONDecodeError:
             return
-        if not isinstance(body, dict):
-            return
-        kind = string(body.get("type")) or event.name.decode("utf-8", "replace")
+        if isinstance(body, dict):
+            self.take(body, event.name.decode("utf-8", "replace"))
+
+    def take(self, body: Json, name: str = "") -> None:
+        """Takes the next event's JSON; its type goes before the event's name."""
+        kind = string(body.get("type")) or name
         if isinstance(body.get("response"), dict):
             self._response = body["response"]
             self._whole = kind.encode() in _LAST

@@ -38,7 +38,7 @@ class Forward:
         if scope["path"].endswith("/api/flush"):
             self._context.journal.seal()  # what is asked for is mostly here: no need to wait until it is due
         try:
-            with HangUp(receive):
+            with HangUp(scope):
                 await self._forward(scope, body, send)
         except ClientGone:
             return

@@ -16,6 +16,7 @@ import uvicorn
 
 from collector.settings import Settings
 from proxy.app import App
+from proxy.server import Protocol
 from proxy.table import Table
 from proxy.upstream import Upstream
 from proxy.versions import Versions
@@ -138,7 +139,13 @@ class Worker:
         table = Table(self._folder / "episodes.tab")
         app = App(self._settings, self.lines, self.versions, upstream, table, cold)  # type: ignore[arg-type]
         config = uvicorn.Config(
-            app, log_level="critical", access_log=False, server_header=False, date_header=False, lifespan="on"
+            app,
+            http=Protocol,
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            lifespan="on",
         )
         self.server = uvicorn.Server(config)
         self.server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,6 +23,7 @@ from proxy.auth import Guard
 from proxy.link import Link
 from proxy.routes import KNOWN, cold, ops
 from proxy.routes.base import Context
+from proxy.server import CONNECTION
 from proxy.table import Table
 from proxy.upstream import Upstream
 from proxy.versions import Snapshot, Versions
@@ -247,15 +249,15 @@ def test_an_answer_that_the_collector_breaks_off_is_not_ended_cleanly(tmp_path: 
 
 def test_a_client_that_leaves_ends_the_collectors_work(tmp_path: Path) -> None:
     async def act(client: httpx.AsyncClient, context: Context, collector: Collector) -> None:
-        messages = iter([{"type": "http.request", "body": b""}])
+        connection = SimpleNamespace(disconnected=False, on_gone=None)
 
         async def receive() -> Any:
-            message = next(messages, None)
-            if message is None:
-                while not collector.requests:
-                    await asyncio.sleep(0.005)
-                return {"type": "http.disconnect"}
-            return message
+            return {"type": "http.request", "body": b""}
+
+        async def leave() -> None:
+            while not collector.requests:
+                await asyncio.sleep(0.005)
+            connection.on_gone()
 
         async def send(message: Any) -> None:
             raise AssertionError("nobody is there to read")
@@ -267,8 +269,11 @@ def test_a_client_that_leaves_ends_the_collectors_work(tmp_path: Path) -> None:
             "raw_path": b"/api/slow",
             "query_string": b"",
             "headers": [],
+            "extensions": {CONNECTION: connection},
         }
+        leaving = asyncio.ensure_future(leave())
         await asyncio.wait_for(cold(context)(scope, receive, send), 5)
+        await leaving
         assert await asyncio.wait_for(collector.left.wait(), 5)
 
     talk(act, tmp_path)

@@ -1,0 +1,227 @@
+"""The server's side of a connection: uvicorn's protocol, with fewer system calls, and with word of a hang-up at once.
+
+What one turn of the loop has to say to a client leaves in one write: head and body, and all events of a stream that
+came together. What is journalled before an answer's end is so on disk's side of the kernel before that write.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, cast
+from urllib.parse import unquote
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from collector.errors import RatchetError
+from proxy import errors
+from proxy.errors import BadRequest
+
+log = logging.getLogger(__name__)
+
+CONNECTION = "ratchet.connection"  # the ASGI extension under which an application finds its Cycle
+JOIN = 64 << 10  # bytes; more than that is written at once
+
+
+class Cycle(RequestResponseCycle):
+    """One request and its answer. `on_gone`, where set, is called when the client leaves before the answer is whole."""
+
+    on_gone: Callable[[], None] | None = None
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, **given: Any) -> None:
+        super().__init__(**given)
+        self._loop = loop
+        self._waiting: list[bytes] = []
+        self._size = 0
+
+    def gone(self) -> None:
+        """The connection has ended."""
+        self._waiting.clear()
+        if self.on_gone is not None and not self.response_complete:
+            self.on_gone()
+
+    async def run_asgi(self, app: Any) -> None:
+        """Runs the application. An answer that it leaves unfinished ends unclean: the connection is closed."""
+        try:
+            await app(self.scope, self.receive, self.send)
+        except Exception:  # boundary: a bug in the application must not leave a client waiting
+            log.exception("%s %s failed", self.scope["method"], self.scope["path"])
+            if not self.response_started:
+                await errors.respond(self.send, RatchetError("an internal error of the proxy; its log says more"))
+        finally:
+            if not self.response_complete:
+                self._flush()
+                self.transport.close()
+
+    async def send(self, message: Any) -> None:
+        """ASGI's send. Raises RuntimeError for what is no HTTP answer."""
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        if not self.response_started and message["type"] == "http.response.start":
+            self._start(message["status"], message.get("headers", ()))
+        elif self.response_started and not self.response_complete and message["type"] == "http.response.body":
+            self._body(message.get("body", b""), message.get("more_body", False))
+        else:
+            raise RuntimeError(f"the message {message['type']} does not belong here")
+
+    def _start(self, status: int, headers: Any) -> None:
+        self.response_started = True
+        self.waiting_for_100_continue = False
+        given = dict(headers)
+        lines = [*map(b": ".join, headers)]
+        if b"date" not in given:
+            lines += map(b": ".join, self.default_headers)
+        if b"content-length" in given:
+            self.chunked_encoding = False
+            self.expected_content_length = int(given[b"content-length"])
+        elif self.scope["method"] != "HEAD" and status not in (204, 304):
+            self.chunked_encoding = True
+            lines.append(b"transfer-encoding: chunked")
+        if b"close" in given.get(b"connection", b"").lower():
+            self.keep_alive = False
+        elif not self.keep_alive:
+            lines.append(b"connection: close")
+        head = b"\r\n".join(lines)
+        if head.count(b"\n") != len(lines) - 1 or head.count(b"\r") != len(lines) - 1 or b"\0" in head:
+            raise RuntimeError("a header holds a line break or a NUL")
+        self._write(b"%b%b\r\n\r\n" % (STATUS_LINE[status], head))
+
+    def _body(self, body: bytes, more: bool) -> None:
+        if self.scope["method"] == "HEAD":
+            self.expected_content_length = 0
+        elif self.chunked_encoding:
+            if body:
+                self._write(b"%x\r\n%b\r\n" % (len(body), body))
+            if not more:
+                self._write(b"0\r\n\r\n")
+        else:
+            self.expected_content_length -= len(body)
+            if self.expected_content_length < 0 or (self.expected_content_length and not more):
+                raise RuntimeError("the body is not as long as content-length says")
+            self._write(body)
+        if not more:
+            self._end()
+
+    def _end(self) -> None:
+        self.response_complete = True
+        self._flush()
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
+
+    def _write(self, data: bytes) -> None:
+        if not self._waiting:
+            self._loop.call_soon(self._flush)
+        self._waiting.append(data)
+        self._size += len(data)
+        if self._size > JOIN:
+            self._flush()
+
+    def _flush(self) -> None:
+        waiting = self._waiting
+        if not waiting:
+            return
+        if self._size > JOIN:
+            self.transport.writelines(waiting)
+        else:
+            self.transport.write(waiting[0] if len(waiting) == 1 else b"".join(waiting))
+        self._waiting = []
+        self._size = 0
+
+
+class Protocol(HttpToolsProtocol):
+    """One client's connection. Malformed requests get OpenAI's envelope; an upgrade is served as a plain request, which
+    the application refuses in its own words."""
+
+    _idle_since = 0.0
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio's word for: bytes have come."""
+        self._idle_since = self.loop.time()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._refuse()
+        except httptools.HttpParserUpgrade:
+            log.debug("an upgrade was asked for")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio's word for: it has ended. Ends the call that runs."""
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        if self.cycle is not None:
+            cast(Cycle, self.cycle).gone()
+
+    def on_headers_complete(self) -> None:
+        """Parser: the head is whole. Starts the application, or queues it behind a pipelined request's."""
+        parser, scope = self.parser, self.scope
+        version = parser.get_http_version()
+        if version != "1.1":
+            scope["http_version"] = version
+        scope["method"] = parser.get_method().decode("ascii")
+        url = httptools.parse_url(self.url)
+        path = url.path.decode("ascii")
+        scope["path"] = unquote(path) if "%" in path else path
+        scope["raw_path"] = url.path
+        scope["query_string"] = url.query or b""
+        before = self.cycle
+        self.cycle = cycle = Cycle(
+            self.loop,
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        cast(Any, scope)["extensions"] = {CONNECTION: cycle}
+        if before is None or before.response_complete:
+            self._start_asgi_task(cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, self.app))
+
+    def on_response_complete(self) -> None:
+        """The answer is out: the next pipelined request, else the wait for one. A connection has one timer, which learns
+        when it goes off that there was use meanwhile."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._wait(self.timeout_keep_alive)
+
+    def _wait(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Closes the connection when nobody has used it for the time set."""
+        self.timeout_keep_alive_task = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            return  # its end sets the timer again
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left > 0.01:
+            self._wait(left)
+        else:
+            self.transport.close()
+
+    def _refuse(self) -> None:
+        """What came is no HTTP. Where an answer has begun there is no place for another: the connection just ends."""
+        cycle = self.cycle
+        if not self.pipeline and (cycle is None or cycle.response_complete or not cycle.response_started):
+            status, headers, body = errors.reply(BadRequest("this is no HTTP/1.1 request", code="malformed_request"))
+            lines = [STATUS_LINE[status][:-2], *map(b": ".join, headers), b"connection: close"]
+            self.transport.write(b"\r\n".join([*lines, b"", body]))
+        self.transport.close()
