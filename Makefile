@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 TORCH_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install check format test test-model faults demo serve image-steps clean lock
+.PHONY: install check format test otel-clients test-model faults demo serve image-steps clean lock
 
 # A stamp per lock: made anew when the lock or the project's metadata changes.
 $(VENV)/bin/python:
@@ -56,6 +56,13 @@ test: install
 # The longer drills, outside `make test`.
 faults: install
 	$(BIN)/python -m pytest tests/faults -s
+
+# OpenTelemetry's own instrumentor of openai needs other versions of its libraries than the rest: for tests/contract.
+OTEL_CLIENT := .venvs/otel-openai-v2
+otel-clients:
+	$(PYTHON) -m venv $(OTEL_CLIENT)
+	$(OTEL_CLIENT)/bin/python -m pip --disable-pip-version-check install --quiet "openai>=2,<3" "wrapt<2" \
+	  "opentelemetry-instrumentation-openai-v2==2.3b0" "opentelemetry-exporter-otlp-proto-http>=1.36,<2"
 
 # What the Dockerfile does, without Docker.
 image-steps:

@@ -26,6 +26,7 @@ CONTINUATIONS = Counter(
     "ratchet_episode_continuations", "Calls whose messages extend an earlier call", ("kind",), registry=REGISTRY
 )
 UNRECORDED = Counter("ratchet_calls_unrecorded", "Calls whose record could not be built", registry=REGISTRY)
+OTLP = Counter("ratchet_otlp_items", "What OTLP brought, by what became of it", ("signal", "fate"), registry=REGISTRY)
 
 _seen: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
 INPUT_TOKENS = TOKENS.labels("input")
@@ -41,6 +42,13 @@ def count(operation: str, status: str, seconds: float, tokens_in: int | None, to
         INPUT_TOKENS.inc(tokens_in)
     if tokens_out:
         OUTPUT_TOKENS.inc(tokens_out)
+
+
+def count_otlp(signal: str, spans: int, rewards: int, rejected: int, ignored: int) -> None:
+    """Counts the items of one export."""
+    fates = {"span": spans, "reward": rewards, "rejected": rejected, "ignored": ignored}
+    for fate, number in fates.items():
+        OTLP.labels(signal, fate).inc(number)
 
 
 def _bind(operation: str, status: str) -> tuple[Counter, Histogram]:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from collector.errors import NotFound, RatchetError
-from proxy.routes import models, ops, reward
+from proxy.routes import models, ops, otlp, reward
 from proxy.routes.base import Context, WrongMethod, error_response, guarded
 from proxy.routes.forward import Forward
 
@@ -25,6 +25,8 @@ KNOWN = (
     "/v1/messages",
     "/v1/models",
     "/reward",
+    "/v1/traces",
+    "/v1/logs",
     "/api/slots",
     "/api/episodes",
     "/api/spans",
@@ -43,10 +45,13 @@ def cold(context: Context) -> Starlette:
     """The application for the routes that are not relayed. Its errors have OpenAI's envelope."""
     listed = guarded(context, "agent", models.listed)
     one = guarded(context, "agent", models.one)
+    telemetry = otlp.Intake(context)
     routes = [
         Route("/reward", guarded(context, "reward", reward.post), methods=["POST"]),
         # An agent that appends to its base URL ends here: its reward must not go to the upstream and be lost.
         Route("/v1/reward", guarded(context, "reward", reward.post), methods=["POST"]),
+        Route("/v1/traces", telemetry.endpoint("traces"), methods=["POST"]),
+        Route("/v1/logs", telemetry.endpoint("logs"), methods=["POST"]),
         Route("/api/{path:path}", Forward(context)),
         Route("/v1/models", listed, methods=["GET"]),
         Route("/models", listed, methods=["GET"]),
