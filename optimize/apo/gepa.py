@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from collector.errors import BadInput
 from optimize.apo.account import Account, Ended, template_id
-from optimize.apo.beam import halves
+from optimize.apo.beam import halves, rewritten
 from optimize.apo.engine import Problem, SearchResult, Stop
 from optimize.apo.templates import guard
 from optimize.dataset import Task
@@ -136,12 +136,13 @@ class Bridge:
         return dict.fromkeys(components_to_update, records)
 
     def reflect(self, prompt: str | list[dict[str, Any]]) -> str:
-        """The optimizer's model."""
+        """The optimizer's model; its new prompt in a code fence, where GEPA looks for one, whatever form it came in."""
         if self.problem.complete is None:
             return ""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         self.account.calls += 1
-        return self._await(self.problem.complete(json.loads(json.dumps(messages))))
+        reply = self._await(self.problem.complete(json.loads(json.dumps(messages))))
+        return f"```\n{rewritten(reply, self._parent) or self._parent}\n```"
 
     def stops(self, gepa_state: Any) -> bool:
         """Whether iterations have gone by that asked for nothing new."""

@@ -174,7 +174,8 @@ class _Work:
         await self._probe(origin.template)
         found = await self._search(origin)
         if found.stop == "failures":
-            raise RatchetError(f"the agent is broken: {found.reason}")
+            said = next((row.feedback for row in found.rows if not row.ok and row.feedback), "")
+            raise RatchetError(f"the agent is broken: {found.reason}" + (f" ({said[-400:]})" if said else ""))
         pairs: tuple[HeldOut, ...] = ()
         gate: Verdict | None = None
         if found.changed:
