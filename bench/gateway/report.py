@@ -95,13 +95,13 @@ def picture(samples: Samples, path: Path) -> None:
             if value is None:
                 continue
             at = group + (place - (len(names) - 1) / 2) * width
-            label = TITLES[name] if group == 0 else None
-            axes.bar(at, value.median, width * 0.95, color=f"C{_PICTURED.index(name)}", label=label)
+            axes.bar(at, value.median, width * 0.95, color=f"C{_PICTURED.index(name)}")
             axes.vlines(at, value.low, value.high, color="black", linewidth=0.8)
     axes.set_yscale("log")
     axes.set_xticks(range(len(scenarios())), [scenario.title for scenario in scenarios()])
     axes.set_ylabel("CPU µs a call, whole process tree")
-    axes.legend(fontsize=8, frameon=False)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=f"C{_PICTURED.index(name)}") for name in names]
+    axes.legend(handles, [TITLES[name] for name in names], fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
