@@ -1,6 +1,7 @@
 """From sealed segments to rows: each segment exactly once, each line checked, what is broken set aside and counted."""
 
 import contextlib
+import errno
 import logging
 import os
 import time
@@ -12,11 +13,16 @@ from zlib import crc32
 import duckdb
 
 from collector import journal
-from collector.store import DATA_ERRORS, Segment, Store
+from collector.inserts import Segment
+from collector.store import DATA_ERRORS, Store
 
 QUARANTINE = "quarantine"
-_BATCH_BYTES = 64 << 20
+_BATCH_BYTES = 32 << 20
 _BATCH_SEGMENTS = 256
+_DUE_BYTES = 4 << 20
+_DUE_SECONDS = 0.5
+_RETRY_SECONDS = 30.0
+_NOBODYS_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the process is short of something, the file is not bad
 _MARK = b',"crc":"'
 _CRC_BYTES = len(b',"crc":"00000000"}')
 _KIND_AT = len(b'{"event":"')
@@ -27,11 +33,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Counters:
-    """What the loader has done since it started. `lag_s` is the age of the oldest sealed segment not yet loaded."""
+    """What the loader has done since it started. `lag_s` is the age of the oldest sealed segment not yet loaded;
+    `unreadable` counts segments that cannot be read now, tried again every half minute and loaded once they can."""
 
     segments: int = 0
     lines: int = 0
     quarantined: int = 0
+    unreadable: int = 0
     adopted: int = 0
     errors: int = 0
     lag_s: float = 0.0
@@ -56,6 +64,8 @@ class Loader:
         self._directory = Path(directory)
         self._loaded = store.loaded()
         self._listing = _Listing()
+        self._unreadable: dict[str, float] = {}  # name -> when to try again
+        self._last = -_DUE_SECONDS  # when the last batch ended
 
     def is_loaded(self, name: str) -> bool:
         """Whether the segment of this name is in the store."""
@@ -69,21 +79,60 @@ class Loader:
         self.counters.adopted += adopted
         return adopted
 
+    def due(self) -> bool:
+        """Whether it is time for a batch: half a second after the last one, at once when there is much.
+
+        A segment is sealed after a second or at 4 MB, so a call can be read less than two seconds after its answer,
+        and many writers don't cost a transaction each.
+        """
+        names = self._pending()
+        if not names:
+            return False
+        return time.monotonic() - self._last >= _DUE_SECONDS or self._sizes(names) >= _DUE_BYTES
+
     def load_once(self) -> int:
         """Load every sealed segment that is not in the store yet, oldest first; returns the number of lines.
 
-        A failure of the store is counted and the rest is left for the next time.
+        A segment that cannot be read is set aside for a while, the rest is loaded. A failure of the store is counted
+        and the rest is left for the next time.
         """
         lines = 0
-        pending = [name for name in self._list().sealed if name not in self._loaded]
-        for names in _batches(pending):
+        for names in self._batches(self._pending()):
             try:
                 lines += self._load(names)
             except (duckdb.Error, OSError) as error:
                 self._failed(error)
                 break
+            finally:
+                self._last = time.monotonic()
         self._measure_lag()
         return lines
+
+    def _pending(self) -> list[str]:
+        now = time.monotonic()
+        return [
+            name for name in self._list().sealed if name not in self._loaded and now >= self._unreadable.get(name, 0.0)
+        ]
+
+    def _sizes(self, names: Sequence[str]) -> int:
+        total = 0
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += (self._directory / (name + journal.SEALED)).stat().st_size
+        return total
+
+    def _batches(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Some segments at a time: one transaction each, bounded in what may have to be read again."""
+        batch: list[str] = []
+        size = 0
+        for name in names:
+            batch.append(name)
+            size += self._sizes([name])
+            if size >= _BATCH_BYTES or len(batch) >= _BATCH_SEGMENTS:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
 
     def _list(self) -> _Listing:
         """The directory's names, read only when it has changed."""
@@ -97,25 +146,46 @@ class Loader:
         return self._listing
 
     def _load(self, names: Sequence[str]) -> int:
-        segments = [self._inspect(name) for name in names]
+        segments = [segment for name in names if (segment := self._readable(name)) is not None]
+        if not segments:
+            return 0
         try:
             self._store.load(segments)
         except DATA_ERRORS as error:
-            if len(names) > 1:
-                return sum(self._load([name]) for name in names)
-            log.error("segment %s: a line does not fit the schema: %s", names[0], error)
+            if len(segments) > 1:
+                return sum(self._load([segment.name]) for segment in segments)
+            log.error("segment %s: a line does not fit the schema: %s", segments[0].name, error)
             segments = [self._salvage(segments[0])]
             self._store.load(segments)
         finally:
             for segment in segments:
                 if segment.quarantined:
                     segment.path.unlink(missing_ok=True)
-        self._loaded.update(names)
         for segment in segments:
+            self._loaded.add(segment.name)
+            self._unreadable.pop(segment.name, None)
             self.counters.segments += 1
             self.counters.lines += segment.lines
             self.counters.quarantined += segment.quarantined
+        self.counters.unreadable = len(self._unreadable)
         return sum(segment.lines for segment in segments)
+
+    def _readable(self, name: str) -> Segment | None:
+        """The checked segment; None when it cannot be read now, which must not hold up the others."""
+        try:
+            return self._inspect(name)
+        except FileNotFoundError:
+            self._listing = _Listing()
+            return None
+        except OSError as error:
+            if error.errno in _NOBODYS_FAULT:
+                raise
+            if name not in self._unreadable:
+                log.error("segment %s cannot be read and is left aside: %s", name, error)
+            self._unreadable[name] = time.monotonic() + _RETRY_SECONDS
+            self.counters.unreadable = len(self._unreadable)
+            self.counters.last_error = str(error)
+            return None
 
     def _inspect(self, name: str) -> Segment:
         """Check every line; with broken ones, they go to quarantine and a copy of the rest is to be loaded."""
@@ -204,10 +274,3 @@ def sift(data: bytes) -> tuple[list[bytes], list[bytes]]:
         elif line.strip():
             bad.append(line)
     return good, bad
-
-
-def _batches(names: Sequence[str]) -> Iterator[list[str]]:
-    """Some segments at a time: one transaction each, bounded in what may have to be read again."""
-    size = min(_BATCH_SEGMENTS, max(1, _BATCH_BYTES // (4 << 20)))
-    for start in range(0, len(names), size):
-        yield list(names[start : start + size])

@@ -1,4 +1,4 @@
--- The projection: tables filled by INSERT only, without keys and secondary indexes; readers use the views (*_v).
+-- The projection: tables without keys and secondary indexes; readers use the views (*_v).
 -- Everything here can be rebuilt from the journal. When this text changes, the store is rebuilt at the next start.
 
 -- Tables
@@ -6,7 +6,17 @@
 CREATE TABLE IF NOT EXISTS _meta (key VARCHAR, value VARCHAR);
 
 -- A journal segment is loaded if and only if its name is here: both are written in one transaction.
-CREATE TABLE IF NOT EXISTS _segments (name VARCHAR, lines BIGINT, quarantined BIGINT, bytes BIGINT, loaded_ns BIGINT);
+-- `batch` counts the transactions that loaded, `day` (days since 1970, UTC) is that of the journal to which the rows belong.
+CREATE TABLE IF NOT EXISTS _segments (
+  name VARCHAR, lines BIGINT, quarantined BIGINT, bytes BIGINT, loaded_ns BIGINT, batch BIGINT, day INTEGER
+);
+
+-- Days of the journal whose payloads stand in a Parquet file of the archive. `kept`: not deleted by retention.
+CREATE TABLE IF NOT EXISTS _parts (day INTEGER, spans BIGINT, segments BIGINT, kept BOOLEAN);
+
+-- `episodes` holds the spans of all batches up to `batch`; episodes in _dirty are to be counted anew.
+CREATE TABLE IF NOT EXISTS _folds (fold BIGINT, batch BIGINT);
+CREATE TABLE IF NOT EXISTS _dirty (episode_id VARCHAR);
 
 CREATE TABLE IF NOT EXISTS reward_weights (name VARCHAR, weight DOUBLE);
 
@@ -18,7 +28,7 @@ CREATE TABLE IF NOT EXISTS spans (
   top_p DOUBLE, max_tokens BIGINT, seed BIGINT, input_tokens BIGINT, output_tokens BIGINT, cached_tokens BIGINT,
   cost_usd DOUBLE, prompt_slot VARCHAR, prompt_version INTEGER, prompt_candidate VARCHAR, adapter_slot VARCHAR,
   adapter_version INTEGER, propensity DOUBLE, request_bytes BIGINT, response_bytes BIGINT,
-  name VARCHAR, agent_name VARCHAR, tool_name VARCHAR
+  name VARCHAR, agent_name VARCHAR, tool_name VARCHAR, batch BIGINT, day INTEGER
 );
 
 -- Spans of agents' own instrumentation that repeat a recorded call (echo_of): kept, counted nowhere.
@@ -28,12 +38,19 @@ CREATE TABLE IF NOT EXISTS payloads (
   span_id VARCHAR, episode_id VARCHAR, start_ns BIGINT,
   input_messages VARCHAR USING COMPRESSION zstd, output_messages VARCHAR USING COMPRESSION zstd,
   tools VARCHAR USING COMPRESSION zstd, token_ids VARCHAR USING COMPRESSION zstd,
-  logprobs VARCHAR USING COMPRESSION zstd, attributes VARCHAR USING COMPRESSION zstd
+  logprobs VARCHAR USING COMPRESSION zstd, attributes VARCHAR USING COMPRESSION zstd, day INTEGER
 );
 
 CREATE TABLE IF NOT EXISTS rewards (
   reward_id VARCHAR, target_kind VARCHAR, target_id VARCHAR, name VARCHAR, value DOUBLE, label VARCHAR,
-  explanation VARCHAR, source VARCHAR, idempotency_key VARCHAR, ts_ns BIGINT
+  explanation VARCHAR, source VARCHAR, idempotency_key VARCHAR, ts_ns BIGINT, day INTEGER
+);
+
+-- One row an episode, derived from `spans` (fold.py).
+CREATE TABLE IF NOT EXISTS episodes (
+  episode_id VARCHAR, start_ns BIGINT, end_ns BIGINT, steps INTEGER, input_tokens BIGINT, output_tokens BIGINT,
+  cost_usd DOUBLE, errors INTEGER, prompt_ns BIGINT,
+  prompt STRUCT(slot VARCHAR, version INTEGER, candidate VARCHAR), fold BIGINT
 );
 
 CREATE TABLE IF NOT EXISTS versions (
@@ -68,6 +85,17 @@ CREATE TABLE IF NOT EXISTS keys (
 -- Calls of a model, the steps of an episode; `CALLS` of model.py says the same.
 CREATE OR REPLACE MACRO is_call(operation) AS
   operation IN ('chat', 'text_completion', 'generate_content', 'embeddings', 'responses', 'messages', 'other');
+
+-- What the spans of later batches than one add to their episodes.
+CREATE OR REPLACE MACRO span_sums(batch_above) AS TABLE
+SELECT episode_id, min(start_ns) AS start_ns, max(end_ns) AS end_ns,
+  CAST(count(*) FILTER (is_call(operation)) AS INTEGER) AS steps,
+  CAST(sum(input_tokens) AS BIGINT) AS input_tokens, CAST(sum(output_tokens) AS BIGINT) AS output_tokens,
+  sum(cost_usd) AS cost_usd, CAST(count(*) FILTER (status <> 'ok' AND is_call(operation)) AS INTEGER) AS errors,
+  min(start_ns) FILTER (prompt_slot IS NOT NULL) AS prompt_ns,
+  arg_min({'slot': prompt_slot, 'version': prompt_version, 'candidate': prompt_candidate}, start_ns)
+    FILTER (prompt_slot IS NOT NULL) AS prompt
+FROM spans WHERE batch > batch_above GROUP BY episode_id;
 
 -- Journal segments as rows: files is a list of paths, size the longest line that may occur
 
@@ -156,12 +184,19 @@ SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, col
 
 -- Views
 
+-- Payloads of the days in the archive, beside those of the days since. The variable lists Parquet files.
+CREATE OR REPLACE VIEW payloads_v AS
+SELECT * EXCLUDE (day) FROM payloads
+UNION ALL BY NAME
+SELECT span_id, episode_id, start_ns, input_messages, output_messages, tools, token_ids, logprobs, attributes
+FROM read_parquet(getvariable('archived_payloads'));
+
 CREATE OR REPLACE VIEW spans_v AS
-SELECT s.*,
+SELECT s.* EXCLUDE (batch, day),
   CASE WHEN is_call(s.operation) THEN CAST(row_number() OVER (
     PARTITION BY s.episode_id, is_call(s.operation) ORDER BY s.start_ns, s.span_id) - 1 AS INTEGER) END AS step,
   p.input_messages, p.output_messages, p.tools, p.token_ids, p.logprobs, p.attributes
-FROM spans s LEFT JOIN payloads p USING (span_id);
+FROM spans s LEFT JOIN payloads_v p USING (span_id);
 
 -- Where each reward belongs. Of several spans with one response id or trace id the latest counts.
 CREATE OR REPLACE VIEW rewards_v AS
@@ -204,18 +239,9 @@ SELECT l.episode_id, sum(l.value * w.weight) AS reward
 FROM latest l JOIN reward_weights w USING (name) WHERE l.episode_id IS NOT NULL GROUP BY l.episode_id;
 
 CREATE OR REPLACE VIEW episodes_v AS
-WITH calls AS (
-  SELECT episode_id, min(start_ns) AS start_ns, max(end_ns) AS end_ns,
-    CAST(count(*) FILTER (is_call(operation)) AS INTEGER) AS steps,
-    CAST(sum(input_tokens) AS BIGINT) AS input_tokens, CAST(sum(output_tokens) AS BIGINT) AS output_tokens,
-    sum(cost_usd) AS cost_usd, CAST(count(*) FILTER (status <> 'ok' AND is_call(operation)) AS INTEGER) AS errors,
-    arg_min({'slot': prompt_slot, 'version': prompt_version, 'candidate': prompt_candidate}, start_ns)
-      FILTER (prompt_slot IS NOT NULL) AS prompt
-  FROM spans GROUP BY episode_id
-)
-SELECT c.* EXCLUDE (prompt), r.reward, c.prompt.slot AS prompt_slot, c.prompt.version AS prompt_version,
-  c.prompt.candidate AS prompt_candidate
-FROM calls c LEFT JOIN episode_rewards_v r USING (episode_id);
+SELECT e.* EXCLUDE (prompt_ns, prompt, fold), r.reward, e.prompt.slot AS prompt_slot,
+  e.prompt.version AS prompt_version, e.prompt.candidate AS prompt_candidate
+FROM episodes e LEFT JOIN episode_rewards_v r USING (episode_id);
 
 CREATE OR REPLACE VIEW versions_v AS
 SELECT slot, version, kind, hash, parent, created_ns, job_id, note, template, base_model, path, match, metrics

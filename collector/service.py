@@ -33,7 +33,7 @@ SNAPSHOT = "deployments.json"
 MAX_PAGE = 500
 MAX_SAMPLE = 20_000
 _SAMPLE_CHARACTERS = 64 << 20
-_TICK_SECONDS = 0.2
+_TICK_SECONDS = 0.1
 _ADOPT_SECONDS = 1.0
 _DISK_SECONDS = 30.0
 _FLUSH_SECONDS = 5.0
@@ -121,7 +121,8 @@ class Collector:
                     if time.monotonic() - adopted >= _ADOPT_SECONDS:
                         adopted = time.monotonic()
                         self.loader.adopt()
-                    self.loader.load_once()
+                    if self.loader.due():
+                        self.loader.load_once()
             except Exception:  # the boundary of the loader thread: it must outlive whatever a disk or an engine does
                 log.exception("the loader failed; it goes on")
 
@@ -361,7 +362,9 @@ class Collector:
         registry.check_slot_name(slot)
         with self._lock:
             if any(one["slot"] == slot for one in self.registry.slots()):
-                raise Conflict(f"slot {slot} is there already; POST /api/slots/{slot}/versions adds to it", param="slot")
+                raise Conflict(
+                    f"slot {slot} is there already; POST /api/slots/{slot}/versions adds to it", param="slot"
+                )
             template, match = body.template, {}
             if body.proposal is not None:
                 proposal = self._proposal(body.proposal)

@@ -51,15 +51,18 @@ _STRAYS = """
 SELECT span_id FROM spans
 WHERE source = 'otlp' AND episode_source = 'trace' AND trace_id = $trace AND episode_id <> $episode
 """
+_LEFT = "SELECT DISTINCT episode_id FROM spans WHERE source = 'otlp' AND span_id IN (SELECT unnest($spans))"
 _BRING_HOME = "UPDATE spans SET episode_id = $episode WHERE source = 'otlp' AND span_id IN (SELECT unnest($spans))"
 _BRING_PAYLOADS = "UPDATE payloads SET episode_id = $episode WHERE span_id IN (SELECT unnest($spans))"
 
 
-def settle(cursor: Any, first: int, *, observed: bool, recorded: bool) -> None:
+def settle(cursor: Any, first: int, *, observed: bool, recorded: bool) -> set[str]:
     """After rows from `first` (a rowid of `spans`) on were inserted, within the same transaction.
 
-    `observed`: there are agents' own spans among them; `recorded`: there are calls of the proxy.
+    `observed`: there are agents' own spans among them; `recorded`: there are calls of the proxy. Returns the episodes
+    that spans left or joined.
     """
+    moved: set[str] = set()
     found: dict[str, tuple[str, str]] = {}
     near = {"first": first, "near": _NEAR_NS}
     if observed:
@@ -68,14 +71,17 @@ def settle(cursor: Any, first: int, *, observed: bool, recorded: bool) -> None:
         found |= {echo: (of, trace) for echo, of, trace in cursor.execute(_ECHOES_OF_NEW, near).fetchall()}
     if found:
         echoes = list(found)
+        moved |= {episode for (episode,) in cursor.execute(_LEFT, {"spans": echoes}).fetchall()}
         cursor.execute(_MOVE, {"echoes": echoes, "originals": [found[echo][0] for echo in echoes]})
         cursor.execute(_REMOVE, {"echoes": echoes})
     traces = {trace for (trace,) in cursor.execute(_TRACES, {"first": first}).fetchall()}
     traces |= {trace for _, trace in found.values()}
     if not traces:
-        return
+        return moved
     for trace, episode in cursor.execute(_HOMES, {"traces": sorted(traces)}).fetchall():
         strays = [span for (span,) in cursor.execute(_STRAYS, {"trace": trace, "episode": episode}).fetchall()]
         if strays:
+            moved |= {left for (left,) in cursor.execute(_LEFT, {"spans": strays}).fetchall()} | {episode}
             cursor.execute(_BRING_HOME, {"episode": episode, "spans": strays})
             cursor.execute(_BRING_PAYLOADS, {"episode": episode, "spans": strays})
+    return moved

@@ -10,62 +10,33 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import duckdb
 
-from collector import results
+from collector import archive, fold, pages, results
 from collector.errors import Conflict, QueryError, Unavailable
+from collector.inserts import Segment, insert
+from collector.readonly import one_select
 from collector.settings import Storage
-from collector.settle import settle
 
 SCHEMA = (Path(__file__).parent / "schema.sql").read_text()
-SCHEMA_HASH = hashlib.sha256(SCHEMA.encode()).hexdigest()
+# The engine's version counts: its hashes need not be those of another one.
+SCHEMA_HASH = hashlib.sha256(f"{SCHEMA}{duckdb.__version__}".encode()).hexdigest()
 DATA_ERRORS = (duckdb.InvalidInputException, duckdb.ConversionException)
 _FATAL = (duckdb.FatalException, duckdb.InternalException)
+_FOLD_LINES = 20_000
+_LATEST_NS = (1 << 63) - 1
 
 log = logging.getLogger(__name__)
 
-_INSERTS: dict[str, tuple[str, ...]] = {
-    "span": (
-        "INSERT INTO spans BY NAME FROM journal_spans(?, ?)",
-        "INSERT INTO payloads BY NAME FROM journal_payloads(?, ?)",
-    ),
-    # Exporters send again what they had no answer for: known by the span's id. Payloads first, by what `spans` lacks.
-    "otlp": (
-        """INSERT INTO payloads BY NAME FROM journal_otlp_payloads(?, ?) AS new
-        WHERE NOT EXISTS (SELECT 1 FROM spans AS old WHERE old.span_id = new.span_id)
-          AND NOT EXISTS (SELECT 1 FROM echoes AS old WHERE old.span_id = new.span_id)
-        QUALIFY row_number() OVER (PARTITION BY span_id ORDER BY start_ns, hash(new)) = 1""",
-        """INSERT INTO spans BY NAME FROM journal_otlp(?, ?) AS new
-        WHERE NOT EXISTS (SELECT 1 FROM spans AS old WHERE old.span_id = new.span_id)
-          AND NOT EXISTS (SELECT 1 FROM echoes AS old WHERE old.span_id = new.span_id)
-        QUALIFY row_number() OVER (PARTITION BY span_id ORDER BY start_ns, hash(new)) = 1""",
-    ),
-    "reward": (
-        """INSERT INTO rewards BY NAME FROM journal_rewards(?, ?) AS new
-        WHERE NOT EXISTS (SELECT 1 FROM rewards AS old WHERE old.reward_id = new.reward_id)
-        QUALIFY row_number() OVER (PARTITION BY reward_id ORDER BY ts_ns, value) = 1""",
-    ),
-    "version": ("INSERT INTO versions BY NAME FROM journal_versions(?, ?)",),
-    "candidate": ("INSERT INTO candidates BY NAME FROM journal_candidates(?, ?)",),
-    "deployment": ("INSERT INTO deployments BY NAME FROM journal_deployments(?, ?)",),
-    "evaluation": (
-        """INSERT INTO evaluations BY NAME FROM journal_evaluations(?, ?) AS new
-        WHERE NOT EXISTS (SELECT 1 FROM evaluations AS old WHERE old.evaluation_id = new.evaluation_id)
-        QUALIFY row_number() OVER (PARTITION BY evaluation_id ORDER BY ts_ns) = 1""",
-    ),
-    "job": ("INSERT INTO jobs BY NAME FROM journal_jobs(?, ?)",),
-    "key": ("INSERT INTO keys BY NAME FROM journal_keys(?, ?)",),
-}
-
+# Which batch brought a row, and to which day of the journal it was added, is no part of its content.
 _COUNTS = {
-    "span": "SELECT count(*), sum(hash(t)) FROM spans AS t",
-    "echo": "SELECT count(*), sum(hash(t)) FROM echoes AS t",
-    "payload": "SELECT count(*), sum(hash(t)) FROM payloads AS t",
-    "reward": "SELECT count(*), sum(hash(t)) FROM rewards AS t",
+    "span": "SELECT count(*), sum(hash(t)) FROM (SELECT * EXCLUDE (batch, day) FROM spans) AS t",
+    "echo": "SELECT count(*), sum(hash(t)) FROM (SELECT * EXCLUDE (batch, day) FROM echoes) AS t",
+    "payload": "SELECT count(*), sum(hash(t)) FROM payloads_v AS t",
+    "reward": "SELECT count(*), sum(hash(t)) FROM (SELECT * EXCLUDE (day) FROM rewards) AS t",
     "version": "SELECT count(*), sum(hash(t)) FROM versions AS t",
     "candidate": "SELECT count(*), sum(hash(t)) FROM candidates AS t",
     "deployment": "SELECT count(*), sum(hash(t)) FROM deployments AS t",
@@ -82,15 +53,25 @@ _REGISTRY = {
 }
 
 _STATS = """
-SELECT (SELECT count(*) FROM spans) AS spans, (SELECT count(DISTINCT episode_id) FROM spans) AS episodes,
+SELECT (SELECT count(*) FROM spans) AS spans, (SELECT count(*) FROM episodes) AS episodes,
   (SELECT count(*) FROM rewards) AS rewards,
-  (SELECT count(*) FROM rewards_v WHERE target_kind <> 'episode' AND episode_id IS NULL)
-    + (SELECT count(*) FROM rewards AS r WHERE target_kind = 'episode'
-       AND NOT EXISTS (SELECT 1 FROM spans AS s WHERE s.episode_id = r.target_id)) AS unmatched_rewards,
   (SELECT count(*) FROM spans WHERE prompt_slot IS NULL
      AND operation IN ('chat', 'responses', 'messages', 'text_completion')) AS unknown_prompts,
   (SELECT count(*) FROM _segments) AS segments,
-  (SELECT coalesce(sum(quarantined), 0)::BIGINT FROM _segments) AS quarantined
+  (SELECT coalesce(sum(quarantined), 0)::BIGINT FROM _segments) AS quarantined,
+  (SELECT count(*) FROM _parts) AS archived_days
+"""
+
+_COUNT_UNMATCHED = """
+SELECT (SELECT count(*) FROM rewards_v WHERE target_kind <> 'episode' AND episode_id IS NULL)
+  + (SELECT count(*) FROM rewards AS r WHERE target_kind = 'episode'
+     AND NOT EXISTS (SELECT 1 FROM spans AS s WHERE s.episode_id = r.target_id)) AS unmatched_rewards
+"""
+_UNMATCHED_SECONDS = 10.0
+
+_LAST_BATCH = """
+SELECT greatest((SELECT coalesce(max(batch), 0) FROM spans), (SELECT coalesce(max(batch), 0) FROM _segments),
+  (SELECT coalesce(max(batch), 0) FROM _folds))
 """
 
 # The newest ones, up to a number and up to a size of all their messages.
@@ -106,44 +87,19 @@ QUALIFY sum(length(p.input_messages)) OVER (ORDER BY l.start_ns DESC, l.span_id)
 ORDER BY l.start_ns DESC, l.span_id
 """
 
-_EPISODES = """
-SELECT * FROM episodes_v WHERE
-  ($before_ns::BIGINT IS NULL OR start_ns < $before_ns OR (start_ns = $before_ns AND episode_id < $before_id))
-  AND ($slot::VARCHAR IS NULL OR episode_id IN (
-    SELECT episode_id FROM spans WHERE prompt_slot = $slot OR adapter_slot = $slot))
-  AND ($version::INTEGER IS NULL OR episode_id IN (
-    SELECT episode_id FROM spans WHERE ($slot IS NULL AND $version IN (prompt_version, adapter_version))
-      OR (prompt_slot = $slot AND prompt_version = $version) OR (adapter_slot = $slot AND adapter_version = $version)))
-  AND ($min_reward::DOUBLE IS NULL OR reward >= $min_reward)
-  AND ($max_reward::DOUBLE IS NULL OR reward <= $max_reward)
-  AND ($status::VARCHAR IS NULL OR (errors > 0) = ($status <> 'ok'))
-ORDER BY start_ns DESC, episode_id DESC LIMIT $limit
-"""
-
-_SPANS = """
-SELECT * FROM spans WHERE
-  ($before_ns::BIGINT IS NULL OR start_ns < $before_ns OR (start_ns = $before_ns AND span_id < $before_id))
-  AND ($episode_id::VARCHAR IS NULL OR episode_id = $episode_id)
-  AND ($slot::VARCHAR IS NULL OR prompt_slot = $slot OR adapter_slot = $slot)
-  AND ($version::INTEGER IS NULL OR (($slot IS NULL OR prompt_slot = $slot) AND prompt_version = $version)
-    OR (($slot IS NULL OR adapter_slot = $slot) AND adapter_version = $version))
-  AND ($status::VARCHAR IS NULL OR status = $status)
-ORDER BY start_ns DESC, span_id DESC LIMIT $limit
-"""
-
+# The times are the spans' own: the engine reads no more of the payloads than what lies between them.
 _EPISODE_SPANS = """
 SELECT s.*, p.input_messages, p.output_messages, p.tools, p.attributes
-FROM (SELECT * FROM spans WHERE episode_id = $episode_id) AS s
-LEFT JOIN (SELECT * FROM payloads WHERE episode_id = $episode_id) AS p USING (span_id)
+FROM (SELECT * EXCLUDE (batch, day) FROM spans
+  WHERE start_ns BETWEEN $since AND $until AND episode_id = $episode_id) AS s
+LEFT JOIN (SELECT * FROM payloads_v WHERE start_ns BETWEEN $since AND $until) AS p USING (span_id)
 """
+_EXTENT = "SELECT min(start_ns) AS since, max(start_ns) AS until FROM spans WHERE episode_id = $episode_id"
 
 _EPISODE_ECHOES = """
 SELECT span_id, parent_span_id, echo_of FROM echoes
 WHERE echo_of IN (SELECT span_id FROM spans WHERE episode_id = $episode_id)
 """
-
-# A zone map and a dictionary answer this at once where there are none.
-_OBSERVED = "SELECT 1 FROM spans WHERE source = 'otlp' LIMIT 1"
 
 _EPISODE_REWARDS = "SELECT * FROM rewards_v WHERE episode_id = $episode_id ORDER BY ts_ns, reward_id"
 
@@ -156,19 +112,6 @@ ORDER BY ts_ns DESC LIMIT $limit
 _JOBS = "SELECT * FROM jobs_v WHERE ($job_id::VARCHAR IS NULL OR job_id = $job_id) ORDER BY ts_ns DESC"
 
 _EVALUATIONS = "SELECT * FROM evaluations WHERE ($job_id::VARCHAR IS NULL OR job_id = $job_id) ORDER BY ts_ns, rowid"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A sealed segment about to be loaded. `path` is the file to read: a cleaned copy where lines were quarantined."""
-
-    name: str
-    path: Path
-    lines: int
-    bytes: int
-    longest: int
-    events: frozenset[str]
-    quarantined: int = 0
 
 
 class Store:
@@ -184,6 +127,11 @@ class Store:
         self._settings = settings
         self._weights = dict(weights)
         self._lock = threading.Lock()
+        self._commits = threading.Lock()  # held where rows become visible, so that a snapshot has all of a batch
+        self._batch = 0  # the number of the last transaction that loaded
+        self._unfolded = 0  # lines loaded since `episodes` was brought up to date
+        self._unmatched = (0.0, 0)  # (good until, how many)
+        self.archive = archive.Archive(self._journal.parent / archive.FOLDER)
         self._con = self._open()
 
     def reopen(self) -> None:
@@ -195,6 +143,7 @@ class Store:
 
     def close(self) -> None:
         """Write a checkpoint, so that the next start replays nothing."""
+        self.fold()
         with self._lock:
             with contextlib.suppress(duckdb.Error):
                 self._con.execute("CHECKPOINT")
@@ -235,7 +184,7 @@ class Store:
 
     def _connect(self) -> "duckdb.DuckDBPyConnection":
         config = {
-            "threads": 2,
+            "threads": 1,
             "memory_limit": f"{self._settings.memory_limit_mb}MB",
             "wal_autocheckpoint": "256MB",
             "autoinstall_known_extensions": "false",
@@ -263,6 +212,7 @@ class Store:
         nothing reconfigured."""
         if known is None:
             con.execute("BEGIN")
+            self.archive.show(con)
             con.execute(SCHEMA)
             con.execute("INSERT INTO _meta VALUES ('schema', ?)", [SCHEMA_HASH])
             con.execute("COMMIT")
@@ -274,7 +224,9 @@ class Store:
             for name, weight in self._weights.items():
                 con.execute("INSERT INTO reward_weights VALUES (?, ?)", [name, weight])
             con.execute("COMMIT")
-        con.execute("SET allowed_directories = ?", [[str(self._journal.resolve())]])
+        self.archive.attach(con, self._journal)
+        ((self._batch,),) = con.execute(_LAST_BATCH).fetchall()
+        con.execute("SET allowed_directories = ?", [[str(self._journal.resolve()), str(self.archive.path)]])
         con.execute("SET enable_external_access = false")
         con.execute("SET lock_configuration = true")
 
@@ -286,6 +238,37 @@ class Store:
             yield cursor
         finally:
             cursor.close()
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator["duckdb.DuckDBPyConnection"]:
+        """A cursor in a read-only transaction in which `episodes` holds exactly what `spans` holds."""
+        with self._cursor() as cursor:
+            with self._commits:
+                self._fold(cursor)
+                cursor.execute("BEGIN TRANSACTION READ ONLY")
+                self.archive.show(cursor)
+            yield cursor
+
+    def fold(self) -> None:
+        """Bring `episodes` up to date now, so that the next reader need not."""
+        with contextlib.suppress(duckdb.Error), self._cursor() as cursor, self._commits:
+            self._fold(cursor)
+
+    def _fold(self, cursor: "duckdb.DuckDBPyConnection") -> None:
+        """A failure (a full disk) leaves `episodes` behind; the next reader tries again."""
+        try:
+            if not fold.behind(cursor, self._batch):
+                return
+            cursor.execute("BEGIN")
+            fold.fold(cursor, self._batch)
+            cursor.execute("COMMIT")
+            self._unfolded = 0
+        except _FATAL:
+            raise
+        except duckdb.Error as error:
+            log.error("the table of episodes could not be brought up to date: %s", error)
+            with contextlib.suppress(duckdb.Error):
+                cursor.execute("ROLLBACK")
 
     # Loading
 
@@ -302,46 +285,30 @@ class Store:
         with self._cursor() as cursor:
             cursor.execute("BEGIN")
             try:
-                self._insert(cursor, segments)
-                cursor.execute("COMMIT")
+                insert(cursor, segments, self._batch + 1)
+                with self._commits:
+                    cursor.execute("COMMIT")
+                    self._batch += 1
             except duckdb.Error:
                 with contextlib.suppress(duckdb.Error):
                     cursor.execute("ROLLBACK")
                 raise
+        self._unfolded += sum(segment.lines for segment in segments)
+        if self._unfolded >= _FOLD_LINES:
+            self.fold()
 
     def fits(self, segment: Segment) -> bool:
         """Whether every line of the segment fits the schema. Nothing is stored."""
         with self._cursor() as cursor:
             cursor.execute("BEGIN")
             try:
-                self._insert(cursor, [segment])
+                insert(cursor, [segment], self._batch + 1)
             except DATA_ERRORS:
                 return False
             finally:
                 with contextlib.suppress(duckdb.Error):
                     cursor.execute("ROLLBACK")
         return True
-
-    def _insert(self, cursor: "duckdb.DuckDBPyConnection", segments: Sequence[Segment]) -> None:
-        now = time.time_ns()
-        size = max(16 << 20, max(segment.longest for segment in segments) + 1024)
-        events = frozenset().union(*(segment.events for segment in segments))
-        first = self._first_row(cursor, events)
-        for event, statements in _INSERTS.items():
-            files = [str(segment.path.resolve()) for segment in segments if event in segment.events]
-            for statement in statements if files else ():
-                cursor.execute(statement, [files, size])
-        if first is not None:
-            settle(cursor, first, observed="otlp" in events, recorded="span" in events)
-        for one in segments:
-            values = [one.name, one.lines, one.quarantined, one.bytes, now]
-            cursor.execute("INSERT INTO _segments VALUES (?, ?, ?, ?, ?)", values)
-
-    def _first_row(self, cursor: "duckdb.DuckDBPyConnection", events: frozenset[str]) -> int | None:
-        """Where new rows of `spans` will begin; None while there are no agents' own spans to settle."""
-        if "otlp" not in events and not ("span" in events and cursor.execute(_OBSERVED).fetchall()):
-            return None
-        return int(cursor.execute("SELECT coalesce(max(rowid), -1) + 1 FROM spans").fetchall()[0][0])
 
     # Reading
 
@@ -354,17 +321,28 @@ class Store:
         ]
 
     def episodes(self, **where: Any) -> list[dict[str, Any]]:
-        """Rows of `episodes_v`, newest first. See _EPISODES for the parameters, all needed, None for any."""
-        return self._rows(_EPISODES, where)
+        """Rows of `episodes_v`, newest first. See `pages` for the parameters, all needed, None for any."""
+        given = {**where, **_before(where, "before_id")}
+        with self._snapshot() as cursor:
+            rows = _reader(cursor)
+            if all(where[name] is None for name in ("slot", "version", "min_reward", "max_reward")):
+                asked = {name: given[name] for name in ("before_ns", "before_id", "status", "limit")}
+                return pages.with_rewards(rows, rows(pages.EPISODES, asked), self._weights)
+            return rows(pages.EPISODES_WHERE, given)
 
     def spans(self, **where: Any) -> list[dict[str, Any]]:
         """Rows of `spans`, newest first."""
-        return self._rows(_SPANS, where)
+        return self._rows(pages.SPANS, {**where, **_before(where, "before_id")})
 
     def episode(self, episode_id: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """`(spans with payloads, resolved rewards)` of one episode."""
-        where = {"episode_id": episode_id}
-        return self._rows(_EPISODE_SPANS, where), self._rows(_EPISODE_REWARDS, where)
+        with self._snapshot() as cursor:
+            rows = _reader(cursor)
+            (extent,) = rows(_EXTENT, {"episode_id": episode_id})
+            if extent["since"] is None:
+                return [], rows(_EPISODE_REWARDS, {"episode_id": episode_id})
+            spans = rows(_EPISODE_SPANS, {"episode_id": episode_id, **extent})
+            return spans, pages.judged(rows, [episode_id], extent["since"], extent["until"])
 
     def echoes(self, episode_id: str) -> list[dict[str, Any]]:
         """The agents' own spans that repeat calls of one episode: {"span_id", "parent_span_id", "echo_of"}."""
@@ -387,32 +365,37 @@ class Store:
         return self._rows(_EVALUATIONS, {"job_id": job_id})
 
     def stats(self) -> dict[str, Any]:
-        """Counts of rows."""
-        return self._rows(_STATS)[0]
+        """Counts of rows. That of unmatched rewards, a pass over all, is up to ten seconds old."""
+        with self._snapshot() as cursor:
+            rows = _reader(cursor)
+            (found,) = rows(_STATS, {})
+            until, unmatched = self._unmatched
+            if time.monotonic() >= until or found["spans"] < _FOLD_LINES:
+                (counted,) = rows(_COUNT_UNMATCHED, {})
+                unmatched = counted["unmatched_rewards"]
+                self._unmatched = (time.monotonic() + _UNMATCHED_SECONDS, unmatched)
+        return {**found, "unmatched_rewards": unmatched}
 
     def content(self) -> dict[str, tuple[int, int]]:
         """`{table: (rows, hash)}`; the hash does not depend on the order of the rows."""
-        with self._cursor() as cursor:
+        with self._snapshot() as cursor:
             found = {name: cursor.execute(statement).fetchall()[0] for name, statement in _COUNTS.items()}
         return {name: (count, int(digest or 0)) for name, (count, digest) in found.items()}
 
     def _rows(self, statement: str, where: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        with self._cursor() as cursor:
-            done = cursor.execute(statement, dict(where)) if where else cursor.execute(statement)
-            names = [column[0] for column in done.description]
-            return [dict(zip(names, row, strict=True)) for row in done.fetchall()]
+        with self._snapshot() as cursor:
+            return _reader(cursor)(statement, where or {})
 
     def query(self, sql: str, limit: int) -> results.Table:
         """The first `limit` rows of one SELECT, in a read-only transaction, stopped after `store.query_timeout`.
 
         Raises QueryError with the engine's own words.
         """
-        statement = _one_select(sql)
-        with self._cursor() as cursor:
+        with self._snapshot() as cursor:
+            statement = one_select(cursor, sql)
             timer = threading.Timer(self._settings.query_timeout, cursor.interrupt)
             timer.start()
             try:
-                cursor.execute("BEGIN TRANSACTION READ ONLY")
                 return results.collect(cursor.sql(statement), limit)
             except duckdb.InterruptException:
                 seconds = self._settings.query_timeout
@@ -425,6 +408,21 @@ class Store:
                 timer.cancel()
 
 
+def _reader(cursor: "duckdb.DuckDBPyConnection") -> pages.Rows:
+    def rows(statement: str, where: Mapping[str, Any]) -> list[dict[str, Any]]:
+        done = cursor.execute(statement, dict(where)) if where else cursor.execute(statement)
+        names = [column[0] for column in done.description]
+        return [dict(zip(names, row, strict=True)) for row in done.fetchall()]
+
+    return rows
+
+
+def _before(where: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Where a page begins: from the newest on, without a cursor."""
+    at = where["before_ns"]
+    return {"before_ns": _LATEST_NS if at is None else at, name: where[name] or ""}
+
+
 def _known_schema(con: "duckdb.DuckDBPyConnection") -> str | None:
     """The hash of the schema that made this file; None for a new file."""
     try:
@@ -432,17 +430,3 @@ def _known_schema(con: "duckdb.DuckDBPyConnection") -> str | None:
     except duckdb.CatalogException:
         return None
     return str(found[0][0]) if found else ""
-
-
-def _one_select(sql: str) -> Any:
-    try:
-        statements = duckdb.extract_statements(sql)
-    except duckdb.Error as error:
-        raise QueryError(str(error), param="sql") from None
-    if len(statements) != 1:
-        raise QueryError(f"give exactly one statement, not {len(statements)}", param="sql")
-    if statements[0].type != duckdb.StatementType.SELECT:
-        raise QueryError("only SELECT can be asked here; the store is read-only", param="sql")
-    if statements[0].named_parameters:
-        raise QueryError("parameters cannot be given here; write the values", param="sql")
-    return statements[0]

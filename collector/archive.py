@@ -1,0 +1,321 @@
+"""The archive: whole days of the journal as Parquet files, which then are the truth in place of the day's segments.
+
+    archive/2026-11-22/manifest.json     which segments, how many rows, the files' checksums
+                       spans.parquet echoes.parquet payloads.parquet rewards.parquet
+                       events.ndjson     the lines of all other kinds, as the journal had them
+
+A folder counts from the moment in which it gets its name; what has to follow (payloads leave the database, segments
+are deleted) is made up for at the next start. Spans and rewards stay in the database, payloads are read from the files.
+Retention marks the manifest first, then removes the rows, then the files; events (versions, jobs ...) always stay.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet
+
+from collector import fold, journal, redact
+from collector.errors import Unavailable
+from collector.inserts import Segment, insert_events
+from collector.settle import settle
+
+FOLDER = "archive"
+MANIFEST = "manifest.json"
+EVENTS = "events.ndjson"
+_EMPTY = "empty.parquet"
+_EPOCH = date(1970, 1, 1)
+
+# table -> what of a day goes into its file; sorted, so that what repeats within an episode lies together
+_TABLES = {
+    "spans": "SELECT * EXCLUDE (batch) FROM spans WHERE day = $day ORDER BY episode_id, start_ns, span_id",
+    "echoes": "SELECT * EXCLUDE (batch) FROM echoes WHERE day = $day ORDER BY episode_id, start_ns, span_id",
+    "payloads": "SELECT * FROM payloads WHERE day = $day ORDER BY episode_id, start_ns, span_id",
+    "rewards": "SELECT * FROM rewards WHERE day = $day ORDER BY ts_ns, reward_id",
+}
+# Read back into a new database, as its first batch.
+_RESTORE = {
+    "spans": "INSERT INTO spans BY NAME SELECT *, 0 AS batch FROM read_parquet($file)",
+    "echoes": "INSERT INTO echoes BY NAME SELECT *, 0 AS batch FROM read_parquet($file)",
+    "rewards": "INSERT INTO rewards BY NAME SELECT * FROM read_parquet($file)",
+}
+_REMOVE = (
+    "DELETE FROM spans WHERE day = $day",
+    "DELETE FROM echoes WHERE day = $day",
+    "DELETE FROM rewards WHERE day = $day",
+)
+_OBSERVED = "SELECT count(*) > 0 FROM spans WHERE source = 'otlp'"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One archived day, as its manifest says."""
+
+    day: int
+    segments: tuple[str, ...]
+    rows: dict[str, int]
+    sha256: dict[str, str]
+    events: dict[str, int]  # lines of each kind in EVENTS
+    retained: bool = False  # retention removed the spans
+
+    @property
+    def name(self) -> str:
+        """The folder."""
+        return day_name(self.day)
+
+
+def day_name(day: int) -> str:
+    """Days since 1970 as an ISO date."""
+    return (_EPOCH + timedelta(days=day)).isoformat()
+
+
+def today() -> int:
+    """Days since 1970, by the wall clock, in UTC."""
+    return (datetime.now(UTC).date() - _EPOCH).days
+
+
+class Archive:
+    """The folder of archived days of one data directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+
+    # What is there
+
+    def parts(self) -> list[Part]:
+        """The archived days, ascending. Raises Unavailable where a manifest cannot be read."""
+        found = []
+        for folder in sorted(self.path.glob("[0-9]*-[0-9]*-[0-9]*")):
+            try:
+                body = orjson.loads((folder / MANIFEST).read_bytes())
+                found.append(Part(**{**body, "segments": tuple(body["segments"])}))
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise Unavailable(f"the archived day {folder} cannot be read: {error}") from None
+        return found
+
+    def file(self, part: Part, name: str) -> Path:
+        """A file of a part."""
+        return self.path / part.name / name
+
+    def damaged(self, part: Part) -> list[str]:
+        """Files of a part that are missing or not what the manifest says."""
+        return [name for name, digest in part.sha256.items() if _digest(self.file(part, name)) != digest]
+
+    def show(self, cursor: Any) -> None:
+        """Tell the view `payloads_v`, for this connection, which files are part of what its transaction sees."""
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        empty = self.path / _EMPTY
+        if not empty.exists():
+            _write_empty(empty)
+        days = _kept(cursor)
+        files = [str(empty), *(str(self.path / day_name(day) / "payloads.parquet") for day in days)]
+        cursor.execute("SET VARIABLE archived_payloads = ?", [files])
+
+    # At the start
+
+    def attach(self, con: Any, journal_folder: Path) -> None:
+        """Make the database hold what the archive holds, and finish what an earlier process could not."""
+        for path in self.path.glob(".*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+        known = dict(con.execute("SELECT day, kept FROM _parts").fetchall())
+        parts = self.parts()
+        restored = False
+        for part in parts:
+            if part.day not in known:
+                restored |= self._take_in(con, part)
+            if part.retained and known.get(part.day, True):
+                _forget_day(con, part.day)
+            if part.retained:
+                self.unlink(part)
+            sweep(journal_folder, part.segments)
+        self._report_lost(con, known, parts)
+        if restored:
+            _settle_all(con)
+
+    def _take_in(self, con: Any, part: Part) -> bool:
+        """A day that the database doesn't know as archived; whether its rows had to be read back."""
+        names = list(part.segments)
+        ((loaded,),) = con.execute(
+            "SELECT count(*) FROM _segments WHERE name IN (SELECT unnest(?))", [names]
+        ).fetchall()
+        if loaded not in (0, len(names)):
+            raise Unavailable(
+                f"the store holds a part of the archived day {part.name} only; run `ratchet store rebuild`"
+            )
+        con.execute("BEGIN")
+        if not loaded:
+            self._restore(con, part)
+        close_day(con, part)
+        con.execute("COMMIT")
+        return not loaded
+
+    def _restore(self, con: Any, part: Part) -> None:
+        log.info("reading the archived day %s back", part.name)
+        for table, statement in _RESTORE.items() if not part.retained else ():
+            con.execute(statement, {"file": str(self.file(part, f"{table}.parquet"))})
+        events = self.file(part, EVENTS)
+        if part.events:
+            insert_events(con, Segment(part.name, events, 0, 0, events.stat().st_size, frozenset(part.events)))
+
+    def _report_lost(self, con: Any, known: dict[int, bool], parts: Sequence[Part]) -> None:
+        there = {part.day for part in parts}
+        for day in sorted(set(known) - there):
+            log.error("the archived day %s is no longer in %s: its payloads are lost", day_name(day), self.path)
+            con.execute("DELETE FROM _parts WHERE day = ?", [day])
+            con.execute("INSERT INTO _parts VALUES (?, 0, 0, false)", [day])
+
+    # Compaction
+
+    def write(self, cursor: Any, day: int, segments: Sequence[tuple[str, int]], lines: Iterable[bytes]) -> Part:
+        """Write a day to its folder: its rows from the database, `lines` (not of spans and rewards) from the journal.
+
+        Nothing is deleted. Once this returns, the folder is the truth for `segments` ((name, bytes) each).
+        """
+        folder = self.path / f".{day_name(day)}.tmp"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        rows: dict[str, int] = {}
+        for table, statement in _TABLES.items():
+            target = folder / f"{table}.parquet"
+            relation = cursor.sql(statement, params={"day": day})
+            relation.write_parquet(str(target), compression="zstd", row_group_size=8192)
+            rows[table] = _rows_of(cursor, target)
+        events = _write_lines(folder / EVENTS, lines)
+        digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+        part = Part(day, tuple(name for name, _ in segments), rows, digests, events)
+        _write_synced(folder / MANIFEST, _manifest(part))
+        for path in folder.iterdir():
+            _sync(path)
+        journal.sync_directory(folder)
+        folder.rename(self.path / part.name)
+        journal.sync_directory(self.path)
+        return part
+
+    def mark_retained(self, part: Part) -> Part:
+        """The point of no return of retention: from here on, the day's spans are gone."""
+        marked = Part(part.day, part.segments, part.rows, {EVENTS: part.sha256[EVENTS]}, part.events, retained=True)
+        target = self.file(part, MANIFEST)
+        temporary = target.with_name(f".{MANIFEST}.tmp")
+        _write_synced(temporary, _manifest(marked))
+        temporary.replace(target)
+        journal.sync_directory(target.parent)
+        return marked
+
+    def unlink(self, part: Part) -> None:
+        """The last step of retention: the files."""
+        for table in _TABLES:
+            self.file(part, f"{table}.parquet").unlink(missing_ok=True)
+
+    def size(self, part: Part) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path in (self.path / part.name).iterdir())
+
+
+def close_day(cursor: Any, part: Part) -> None:
+    """The day's payloads leave the database, within the caller's transaction; the manifest knows its segments."""
+    cursor.execute(
+        "INSERT INTO _parts VALUES (?, ?, ?, ?)", [part.day, part.rows["spans"], len(part.segments), not part.retained]
+    )
+    cursor.execute("DELETE FROM payloads WHERE day = ?", [part.day])
+    cursor.execute("DELETE FROM _segments WHERE day = ?", [part.day])
+
+
+def sweep(folder: Path, names: Iterable[str]) -> int:
+    """Delete the segments that are in the archive; returns how many were left."""
+    wanted = {name + journal.SEALED for name in names}
+    found = wanted.intersection(os.listdir(folder)) if folder.is_dir() else set()
+    for name in found:
+        (folder / name).unlink(missing_ok=True)
+    if found:
+        journal.sync_directory(folder)
+    return len(found)
+
+
+def _forget_day(con: Any, day: int) -> None:
+    con.execute("BEGIN")
+    remove_day(con, day)
+    con.execute("COMMIT")
+
+
+def remove_day(cursor: Any, day: int) -> None:
+    """The second step of retention: the rows leave the database, within the caller's transaction."""
+    for statement in _REMOVE:
+        cursor.execute(statement, {"day": day})
+    cursor.execute("UPDATE _parts SET kept = false WHERE day = ?", [day])
+    fold.forget(cursor)
+
+
+def _settle_all(con: Any) -> None:
+    """Days were archived one by one: what came later may have told where earlier spans belong."""
+    ((observed,),) = con.execute(_OBSERVED).fetchall()
+    if observed:
+        con.execute("BEGIN")
+        settle(con, 0, observed=True, recorded=True)
+        fold.forget(con)
+        con.execute("COMMIT")
+
+
+def _kept(cursor: Any) -> list[int]:
+    tables = cursor.execute("SELECT count(*) FROM duckdb_tables() WHERE table_name = '_parts'").fetchall()
+    if tables == [(0,)]:
+        return []
+    return [day for (day,) in cursor.execute("SELECT day FROM _parts WHERE kept ORDER BY day").fetchall()]
+
+
+def _write_empty(target: Path) -> None:
+    texts = ("span_id", "episode_id", *redact.PAYLOADS, "token_ids", "logprobs")
+    fields = [pa.field(name, pa.string()) for name in texts]
+    schema = pa.schema([*fields, pa.field("start_ns", pa.int64())])
+    temporary = target.with_name(f".{target.name}")
+    pyarrow.parquet.write_table(schema.empty_table(), temporary)
+    temporary.replace(target)
+
+
+def _rows_of(cursor: Any, path: Path) -> int:
+    ((count,),) = cursor.execute("SELECT count(*) FROM read_parquet(?)", [str(path)]).fetchall()
+    return int(count)
+
+
+def _write_lines(path: Path, lines: Iterable[bytes]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    with path.open("wb") as file:
+        for line in lines:
+            file.write(line + b"\n")
+            kind = line[10 : line.index(b'"', 10)].decode()
+            counts[kind] = counts.get(kind, 0) + 1
+    return counts
+
+
+def _manifest(part: Part) -> bytes:
+    return orjson.dumps(part, option=orjson.OPT_INDENT_2)
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
