@@ -123,6 +123,12 @@ def promote(collector: Service, slot: str, body: bodies.PromoteBody) -> Response
     return json_response({"revision": collector.promote(slot, body)})
 
 
+@registry.post("/slots/{slot}/hold")
+def hold(collector: Service, slot: str, body: bodies.HoldBody) -> Response:
+    """Have engines serve an adapter version for calls that are pinned to it."""
+    return json_response({"served": collector.hold(slot, body)})
+
+
 @registry.post("/slots/{slot}/rollback")
 def rollback(collector: Service, slot: str, body: bodies.DecisionBody | None = None) -> Response:
     """Back to what was live before the last promote."""

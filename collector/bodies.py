@@ -66,6 +66,13 @@ class PromoteBody(DecisionBody):
     traffic: float = Field(default=1.0, gt=0, le=1)
 
 
+class HoldBody(Body):
+    """Have engines serve an adapter version that gets no traffic, for calls that are pinned to it."""
+
+    version: int
+    seconds: float = Field(default=3600.0, gt=0, le=86_400)
+
+
 class KeyBody(Body):
     """A new key: what it may do, and how much of it."""
 

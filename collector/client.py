@@ -78,6 +78,10 @@ class Client(Protocol):
         """Deal `traffic` of the new episodes to `version`; returns the revision."""
         ...
 
+    def hold(self, slot: str, version: int, seconds: float = 3600.0) -> str:
+        """Have engines serve an adapter version for calls pinned to it; its name there. Raises EngineFailed."""
+        ...
+
     def rollback(self, slot: str, evidence: str = "manual", job_id: str | None = None, note: str | None = None) -> int:
         """Back to the arms before the last promote; returns the revision. Raises Conflict when there are none."""
         ...
@@ -240,6 +244,11 @@ class Remote:
         """See Client."""
         body = {"version": version, "traffic": traffic, "evidence": evidence, "job_id": job_id, "note": note}
         return int(self._ask("POST", "api", "slots", slot, "promote", body=body)["revision"])
+
+    def hold(self, slot: str, version: int, seconds: float = 3600.0) -> str:
+        """See Client."""
+        body = {"version": version, "seconds": seconds}
+        return str(self._ask("POST", "api", "slots", slot, "hold", body=body)["served"])
 
     def rollback(self, slot: str, evidence: str = "manual", job_id: str | None = None, note: str | None = None) -> int:
         """See Client."""
@@ -410,6 +419,10 @@ class Local:
         """See Client."""
         body = {"version": version, "traffic": traffic, "evidence": evidence, "job_id": job_id, "note": note}
         return self.collector.promote(slot, bodies.check(bodies.PromoteBody, body))
+
+    def hold(self, slot: str, version: int, seconds: float = 3600.0) -> str:
+        """See Client."""
+        return self.collector.hold(slot, bodies.check(bodies.HoldBody, {"version": version, "seconds": seconds}))
 
     def rollback(self, slot: str, evidence: str = "manual", job_id: str | None = None, note: str | None = None) -> int:
         """See Client."""

@@ -92,6 +92,7 @@ class Collector:
             self._ensure_slots()
             self._undo = undo.pop_all()
         self._engines = engines.Engines([engines.HttpEngine(entry) for entry in settings.engines])
+        self._held: dict[tuple[str, int], float] = {}  # adapter versions on trial, until when
         self._undo.callback(self._engines.close)
         if background and settings.engines:
             threading.Thread(target=self._keep_engines, name="engines", daemon=True).start()
@@ -250,6 +251,24 @@ class Collector:
             self._commit(events)
             return self.registry.revision
 
+    def hold(self, slot: str, body: bodies.HoldBody) -> str:
+        """Have engines serve an adapter version without traffic, so that pinned calls can try it; its name there.
+
+        Raises NotFound, BadInput (a prompt, or no engine has its base model) and EngineFailed.
+        """
+        with self._lock:
+            version = self.registry.version(slot, body.version)
+        if version["kind"] != "adapter":
+            raise BadInput(f"slot {slot} holds prompts: only adapters are served by engines", param="slot")
+        base = version["base_model"]
+        if not self._engines.serving(base):
+            raise BadInput(
+                f"no engine of the base model {base} is configured: see `engines` in the config", param="slot"
+            )
+        self._held[slot, body.version] = time.monotonic() + body.seconds
+        self._ready(slot, body.version)
+        return adapters.served_name(slot, body.version, version["hash"])
+
     def _ready(self, slot: str, number: int) -> None:
         """An adapter is served by its engines before any call is routed to it."""
         with self._lock:
@@ -266,6 +285,8 @@ class Collector:
         drain = max(entry.drain_seconds for entry in self.settings.engines)
         with self._lock:
             needed, known = self.registry.adapters(time.time_ns() - int(drain * 1e9)), self.registry.adapters()
+        held = {key for key, until in list(self._held.items()) if until > time.monotonic()}
+        needed += [one for one in known if (one.slot, one.version) in held and one not in needed]
         keep, every = (
             [self._served(one.slot, one.version, one.hash, one.base_model or "", one.path or "") for one in versions]
             for versions in (needed, known)
