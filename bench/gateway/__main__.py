@@ -6,7 +6,7 @@ from bench.gateway.run import Plan, run
 
 
 def main() -> None:
-    """Read the flags, run."""
+    """Read the flags, run. Exits with 1 where a call of ours was lost or doubled."""
     parser = argparse.ArgumentParser(prog="python -m bench.gateway", description=__doc__)
     parser.add_argument("--rounds", type=int, default=4, help="rounds over all targets and scenarios (4)")
     parser.add_argument("--only", metavar="TARGET", nargs="+", help="floor ours unrecorded tensorzero portkey litellm")
@@ -14,7 +14,10 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="how long each load lasts, times its default")
     parser.add_argument("--quick", action="store_true", help="without boot times and memory after 50,000 calls")
     flags = parser.parse_args()
-    run(Plan(flags.rounds, flags.only, flags.scenario, flags.scale, flags.quick))
+    result = run(Plan(flags.rounds, flags.only, flags.scenario, flags.scale, flags.quick))
+    kept = result.notes["integrity"]
+    if kept and not kept["complete"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

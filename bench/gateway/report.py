@@ -85,6 +85,7 @@ def picture(samples: Samples, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     figure, axes = pyplot.subplots(figsize=(9, 4.2))
     names = [name for name in _PICTURED if samples.of("json_c16", name, "cpu_us")]
@@ -100,7 +101,7 @@ def picture(samples: Samples, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xticks(range(len(scenarios())), [scenario.title for scenario in scenarios()])
     axes.set_ylabel("CPU µs a call, whole process tree")
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=f"C{_PICTURED.index(name)}") for name in names]
+    handles = [Patch(color=f"C{_PICTURED.index(name)}") for name in names]
     axes.legend(handles, [TITLES[name] for name in names], fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

@@ -31,6 +31,16 @@ class Samples:
         """The values of a measure by round; empty where it was not measured."""
         return self.values.get(scenario, {}).get(target, {}).get(measure, {})
 
+    def listed(self) -> dict[str, dict[str, dict[str, list[float]]]]:
+        """Everything, each measure as the list of its rounds' values, to four digits."""
+        return {
+            scenario: {
+                target: {name: [float(f"{value:.4g}") for value in found.values()] for name, found in row.items()}
+                for target, row in rows.items()
+            }
+            for scenario, rows in self.values.items()
+        }
+
     def add(self, scenario: str, target: str, at: int, measures: dict[str, float]) -> None:
         """One round's figures."""
         row = self.values.setdefault(scenario, {}).setdefault(target, {})
@@ -49,7 +59,11 @@ def measure(samples: Samples, targets: Sequence[Target], scenario: Scenario, at:
     for target in turns(targets, at):
         if f"{target.name} {scenario.name}" in samples.failures:
             continue
-        seen, cpu_ns = loaded(target, scenario, scale)
+        try:
+            seen, cpu_ns = loaded(target, scenario, scale)
+        except (TimeoutError, ConnectionError) as error:
+            samples.failures[f"{target.name} {scenario.name}"] = str(error) or "calls stayed unanswered"
+            continue
         samples.loads.append(os.getloadavg()[0])
         if seen.failed or not seen.walls:
             samples.failures[f"{target.name} {scenario.name}"] = seen.error or "no call was answered"

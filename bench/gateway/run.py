@@ -23,6 +23,7 @@ from bench.result import RESULTS, Result
 
 NAMES = ("floor", figures.OURS, "unrecorded", *PEERS)
 FEW, MANY = 5_000, 50_000  # calls after which the memory of a worker is read
+SMALL = next(one for one in scenarios() if one.name == "json_c16")
 _SUSTAINED = 6.0  # seconds: longer than a segment and its loading, so that the loader's share lies within
 _RECORDING = (figures.OURS, "unrecorded")
 
@@ -44,8 +45,7 @@ class Plan:
 
     def scenarios(self) -> list[Scenario]:
         """The scenarios to run, in their order; `sustained` is the one for recording on against off."""
-        small = next(one for one in scenarios() if one.name == "json_c16")
-        long = replace(small, name="sustained", title="JSON, c=16, sustained", seconds=_SUSTAINED, calls=100_000)
+        long = replace(SMALL, name="sustained", title="JSON, c=16, sustained", seconds=_SUSTAINED, calls=100_000)
         return [one for one in (*scenarios(), long) if self.names is None or one.name in self.names]
 
 
@@ -107,7 +107,7 @@ def _measure(stage: Stage, plan: Plan, advance: Any) -> Outcome:
                 if target.name == figures.OURS:
                     outcome.integrity = integrity(target)
         if figures.OURS in names and not plan.quick:
-            outcome.measures |= _memory(stage)
+            outcome.measures |= _memory(stage) | _workers(stage)
     return outcome
 
 
@@ -136,19 +136,29 @@ def integrity(target: Target) -> dict[str, Any]:
 
 def _memory(stage: Stage) -> dict[str, float]:
     """The worker's memory after few and after many calls to a fresh server."""
-    small = next(one for one in scenarios() if one.name == "json_c16")
     found = {}
     with stage.target(figures.OURS, stage.cores.target) as target:
         for calls in (FEW, MANY):
             stage.say(f"memory after {calls} calls")
-            more = calls - target.sent - 2 * small.concurrency
-            rounds.loaded(target, replace(small, calls=more, seconds=240.0))
+            more = calls - target.sent - 2 * SMALL.concurrency
+            rounds.loaded(target, replace(SMALL, calls=more, seconds=240.0))
             found[calls] = target.resident(ours.WORKER)
     return {
         "rss_50k_vs_5k": found[MANY] / found[FEW],
         "rss_worker_5k_mb": found[FEW] / 1e6,
         "rss_worker_50k_mb": found[MANY] / 1e6,
     }
+
+
+def _workers(stage: Stage) -> dict[str, float]:
+    """Calls a second of two workers over those of one, on two CPUs; nothing where there are none to spare."""
+    rps = {}
+    for workers in (1, 2) if stage.cores.pair else ():
+        stage.say(f"{workers} workers")
+        with ours.served(stage.fresh("workers"), stage.upstream, stage.cores.pair, workers=workers) as target:
+            seen, _ = rounds.loaded(target, replace(SMALL, seconds=_SUSTAINED, calls=200_000))
+            rps[workers] = seen.measures["rps"]
+    return {"workers_2_vs_1_rps": rps[2] / rps[1]} if rps else {}
 
 
 def _result(stage: Stage, plan: Plan, outcome: Outcome) -> Result:
@@ -166,7 +176,8 @@ def _result(stage: Stage, plan: Plan, outcome: Outcome) -> Result:
         "integrity": outcome.integrity,
         "boot_seconds": {name: [round(one, 2) for one in values] for name, values in stage.boots.items()},
         "rss_tree_mb": {name: round(value / 1e6) for name, value in outcome.memory.items() if value},
-        "workers_2_vs_1_rps": "not measured: it needs four CPUs, two for the workers and two for the load",
-        "samples": outcome.samples.values,
+        "samples": outcome.samples.listed(),
     }
+    if not stage.cores.pair:
+        notes["workers_2_vs_1_rps"] = "not measured: it takes four CPUs, two for the workers and two for the load"
     return Result("gateway", figures.MUST, measures, notes)

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,6 +109,12 @@ def test_what_a_target_adds_is_over_the_upstream_called_directly_in_the_same_rou
     assert compared["ttft_added_vs_litellm"] == pytest.approx((0.05, 0.05, 0.05))
     assert compared["cpu_sse_unpaced_vs_floor"] == pytest.approx((0.9, 0.9, 0.9))
     assert figures.shown(samples(), "sse_unpaced", "ours", "added_ttft_ms") == (1.0, 0.5, 1.5)
+
+
+def test_the_samples_are_kept_as_lists_that_json_can_hold():
+    listed = samples().listed()["sse_unpaced"]
+    assert listed["ours"] == {"ttft_ms": [1.5, 4.5, 3.0], "cpu_us": [90.0, 270.0, 180.0]}
+    assert orjson.loads(orjson.dumps(listed)) == listed
 
 
 def test_what_was_not_measured_is_left_out_and_its_bound_not_met():
