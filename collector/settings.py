@@ -70,6 +70,7 @@ class Server(Section):
     allowed_hosts: tuple[str, ...] = ()
     keys: tuple[Key, ...] = ()
     max_body_mb: float = Field(default=64, gt=0)
+    slow_client_timeout: float = Field(default=30, gt=0)
 
     @property
     def loopback(self) -> bool:
@@ -84,7 +85,11 @@ class Upstream(Section):
     anthropic: str = "https://api.anthropic.com/v1"
     connect_timeout: float = Field(default=10, gt=0)
     read_timeout: float = Field(default=600, gt=0)
-    retries: int = Field(default=1, ge=0, le=5)
+    first_byte_timeout: float | None = Field(default=None, gt=0)
+    total_timeout: float | None = Field(default=None, gt=0)
+    retries: int = Field(default=1, ge=0, le=1)
+    cooldown: float = Field(default=30, ge=0)
+    fallbacks: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     client: Literal["raw", "aiohttp"] = "raw"
 
     @field_validator("default", "anthropic")
@@ -102,6 +107,12 @@ class ModelEntry(Section):
 
     model_name: str
     litellm_params: dict[str, Any]
+    model_info: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def train(self) -> bool:
+        """Whether answers are to be recorded with token ids and logprobs (`model_info.train`)."""
+        return self.model_info.get("train") is True
 
     @field_validator("litellm_params")
     @classmethod
@@ -119,6 +130,7 @@ class EngineEntry(Section):
     api_key: str | None = None
     timeout: float = Field(default=60, gt=0)
     drain_seconds: float = Field(default=300, ge=0)
+    train: bool = True
 
     @field_validator("api_base")
     @classmethod
@@ -131,7 +143,7 @@ class EngineEntry(Section):
     def as_model(self) -> ModelEntry:
         """The same as an entry of `model_list`."""
         params = {"model": f"hosted_vllm/{self.base_model}", "api_base": self.api_base, "api_key": self.api_key}
-        return ModelEntry(model_name=self.base_model, litellm_params=params)
+        return ModelEntry(model_name=self.base_model, litellm_params=params, model_info={"train": self.train})
 
 
 class Match(Section):
@@ -146,6 +158,14 @@ class Slot(Section):
 
     template: str = Field(min_length=1)
     match: Match = Match()
+    train: bool = False
+
+
+class Cache(Section):
+    """Answers kept for calls that are the same to the byte. `seconds` 0: none are."""
+
+    seconds: float = Field(default=0, ge=0)
+    max_mb: float = Field(default=64, gt=0)
 
 
 class Optimizer(Section):
@@ -193,6 +213,7 @@ class Settings(Section):
     model_list: tuple[ModelEntry, ...] = ()
     engines: tuple[EngineEntry, ...] = ()
     slots: dict[str, Slot] = Field(default_factory=dict)
+    cache: Cache = Cache()
     optimizer: Optimizer = Optimizer()
     rewards: Rewards = Rewards()
     gate: Gate = Gate()
@@ -202,6 +223,15 @@ class Settings(Section):
     def models(self) -> tuple[ModelEntry, ...]:
         """Every model with a target of its own: `model_list`, and each engine's base model."""
         return (*self.model_list, *(engine.as_model for engine in self.engines))
+
+    @model_validator(mode="after")
+    def _fallbacks_are_known(self) -> "Settings":
+        known = {entry.model_name for entry in self.models}
+        for model, others in self.upstream.fallbacks.items():
+            for name in (model, *others):
+                if name not in known:
+                    raise ValueError(f"upstream.fallbacks: `{name}` is no model_name of model_list")
+        return self
 
     @model_validator(mode="after")
     def _key_off_loopback(self) -> "Settings":

@@ -5,14 +5,17 @@ from urllib.parse import unquote
 
 from collector.errors import RatchetError
 from collector.journal import Journal
+from collector.prices import Prices
 from collector.settings import Settings
 from proxy import errors, limits
 from proxy.auth import Guard
 from proxy.dialects.base import Dialect
 from proxy.errors import BadRequest
 from proxy.identity import read_traceparent
+from proxy.options import Options
 from proxy.paths import Route, parse
 from proxy.prepare import Prompts
+from proxy.rates import Meter
 from proxy.record import Call, Recorder
 from proxy.relay import Relay
 from proxy.table import Table
@@ -24,7 +27,15 @@ class App:
     """What a worker serves. `cold` is an ASGI application for the routes that aren't relayed, and gets the lifespan."""
 
     def __init__(
-        self, settings: Settings, journal: Journal, versions: Versions, upstream: Upstream, table: Table, cold: Any
+        self,
+        settings: Settings,
+        journal: Journal,
+        versions: Versions,
+        upstream: Upstream,
+        table: Table,
+        cold: Any,
+        meter: Meter | None = None,
+        prices: Prices | None = None,
     ) -> None:
         self._guard = Guard(settings.server, versions)
         self._cold = cold
@@ -32,10 +43,11 @@ class App:
         self._relay = Relay(
             upstream,
             Prompts(versions, table),
-            Recorder(journal, table, settings.store.redaction.emails),
+            Recorder(journal, table, settings.store.redaction.emails, prices),
             table,
             self._guard,
             int(settings.server.max_body_mb * (1 << 20)),
+            Options.of(settings, meter),
         )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -62,6 +74,7 @@ class App:
             return
         call = begin(route, route.dialect, headers, tenant or "")
         call.copy_limit = self._copy_limit
+        call.limits = self._guard.limits(tenant)
         await self._relay.serve(scope, receive, send, call)
 
 

@@ -45,6 +45,17 @@ class HeadersTooLarge(RatchetError):
     code = "headers_too_large"
 
 
+class Limited(RatchetError):
+    """429: a key has used what it may; `seconds` until it may again. Budgets: an SDK is told not to try again."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, seconds: int, *, code: str) -> None:
+        super().__init__(message, param="authorization", code=code)
+        self.seconds = seconds
+
+
 class Overloaded(Unavailable):
     """503: too many calls at once; try again."""
 
@@ -52,10 +63,12 @@ class Overloaded(Unavailable):
 
 
 class UpstreamError(RatchetError):
-    """502: the upstream could not be reached, or broke off before its answer was whole."""
+    """502: the upstream could not be reached, or broke off before its answer was whole. `untouched`: nothing of the
+    call got there, or nothing came of it, so that sending it again can't bill it twice."""
 
     status = 502
     code = "upstream_unreachable"
+    untouched = False
 
 
 class UpstreamTimeout(UpstreamError):
@@ -83,6 +96,10 @@ def reply(error: RatchetError, extra: list[Header] | None = None) -> tuple[int, 
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *(extra or [])]
     if error.status == 503:
         headers.append((b"retry-after", b"1"))
+    if isinstance(error, Limited):
+        headers.append((b"retry-after", b"%d" % error.seconds))
+        if error.code == "budget_exceeded":
+            headers.append((b"x-should-retry", b"false"))
     return error.status, headers, body
 
 

@@ -25,6 +25,10 @@ FAIL_OPEN = Counter(
 CONTINUATIONS = Counter(
     "ratchet_episode_continuations", "Calls whose messages extend an earlier call", ("kind",), registry=REGISTRY
 )
+JOINED = Counter("ratchet_retries_joined", "SDK retries that joined the call they repeat", registry=REGISTRY)
+LIMITED = Counter("ratchet_calls_limited", "Calls refused with 429 for their key's limits", registry=REGISTRY)
+CACHED = Counter("ratchet_cache_hits", "Calls answered from the cache", registry=REGISTRY)
+TAKEN_OVER = Counter("ratchet_calls_taken_over", "Second attempts after a target failed", registry=REGISTRY)
 UNRECORDED = Counter("ratchet_calls_unrecorded", "Calls whose record could not be built", registry=REGISTRY)
 OTLP = Counter("ratchet_otlp_items", "What OTLP brought, by what became of it", ("signal", "fate"), registry=REGISTRY)
 

@@ -2,9 +2,10 @@
 
 import logging
 import math
+import os
 import re
-import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Literal, NamedTuple
@@ -13,7 +14,8 @@ import orjson
 
 from collector import redact
 from collector.journal import Journal
-from collector.model import Exchange, Status
+from collector.model import Status
+from collector.prices import Prices
 from proxy import metrics
 from proxy.dialects.base import Dialect, Json, Reading, Summary, integer
 from proxy.errors import Header
@@ -25,6 +27,13 @@ log = logging.getLogger(__name__)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{4096,}={0,2}")
 _ELIDE_ABOVE = 64 << 10
 MAX_PAYLOAD = 4 << 20
+
+
+class Hidden(NamedTuple):
+    """What of an answer the client did not ask for."""
+
+    token_ids: bool
+    logprobs: bool
 
 
 class Applied(NamedTuple):
@@ -53,7 +62,7 @@ class Call:
     named: str | None  # the header x-ratchet-episode
     tenant: str  # the name of the key; empty without keys
     copy_limit: int = 16 << 20  # bytes of the answer that are kept for the record
-    span_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    span_id: str = field(default_factory=lambda: os.urandom(8).hex())
     start_ns: int = field(default_factory=time.time_ns)
     began: int = field(default_factory=time.perf_counter_ns)
     body: Json | None = None  # the request as it went upstream, parsed
@@ -71,6 +80,12 @@ class Call:
     stream: bool = False
     cost_usd: float | None = None
     summary: Summary = field(default_factory=Summary)
+    upstream_model: str | None = None  # the name sent in place of the client's
+    limits: Mapping[str, float] | None = None  # what the key may use; None: as much as it likes
+    metered: bool = False  # whether the call counts against those
+    joined: int = 0  # how many retries wait for the same answer
+    cached: bool = False  # whether the answer is one that was kept
+    hidden: Hidden | None = None  # what the answer holds that the client did not ask for
     truncated: bool = False  # whether a part of the answer was too long to be kept
     written: bool = False
     _identity: Identity | None = None
@@ -112,7 +127,8 @@ class Call:
 class Recorder:
     """Writes calls to the journal, and leaves what the episode's next call is found by."""
 
-    def __init__(self, journal: Journal, table: Table, emails: bool) -> None:
+    def __init__(self, journal: Journal, table: Table, emails: bool, prices: Prices | None = None) -> None:
+        self._prices = Prices() if prices is None else prices
         self._journal = journal
         self._table = table
         self._emails = emails
@@ -126,8 +142,12 @@ class Recorder:
         metrics.count(
             call.dialect.operation, call.status, seconds, call.summary.input_tokens, call.summary.output_tokens
         )
+        if call.cost_usd is None:
+            call.cost_usd = self._cost(call)
         try:
-            self._journal.append("span", redact.exchange(exchange(call, seconds), emails=self._emails))
+            line = exchange(call, seconds)
+            redact.payloads(line, emails=self._emails)
+            self._journal.append("span", line)
             if call.status == "ok":
                 responses = call.dialect.operation == "responses"
                 remember(self._table, call.tenant, call.identity, call.reading, call.summary, responses)
@@ -137,12 +157,19 @@ class Recorder:
             metrics.UNRECORDED.inc()
             log.exception("the call %s could not be recorded", call.span_id)
 
+    def _cost(self, call: Call) -> float | None:
+        """From the tokens that the answer tells, by the price of its model."""
+        told = call.summary
+        models = (call.upstream_model, told.response_model, call.reading.model)
+        return self._prices.cost(call.provider, models, told.input_tokens, told.output_tokens, told.cached_tokens)
 
-def exchange(call: Call, seconds: float) -> Exchange:
-    """The record of a finished call."""
+
+def exchange(call: Call, seconds: float) -> Json:
+    """The record of a finished call: the fields of an `Exchange` that are known. It is no Exchange, because to make and
+    dump one takes ten times as long as a dict."""
     body, summary = call.body or {}, call.summary
     first = call.applied[0] if call.applied else None
-    return Exchange(
+    line = dict(
         span_id=call.span_id,
         trace_id=call.trace.trace_id or trace_of(call.identity.episode_id),
         episode_id=call.identity.episode_id,
@@ -186,6 +213,7 @@ def exchange(call: Call, seconds: float) -> Exchange:
         logprobs=_payload(summary.logprobs),
         attributes=_payload(_attributes(call, body) or None),
     )
+    return {name: value for name, value in line.items() if value is not None}
 
 
 def _propensity(*served: Applied | None) -> float | None:
@@ -205,6 +233,10 @@ def _attributes(call: Call, body: Json) -> Json:
         kept["ambiguous"] = True
     if call.tenant:
         kept["key"] = call.tenant
+    if call.joined:
+        kept["joined"] = call.joined
+    if call.cached:
+        kept["cache"] = "hit"
     if call.truncated:
         kept["truncated"] = True
     return kept

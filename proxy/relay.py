@@ -9,11 +9,14 @@ from typing import Any, Protocol, Self
 import orjson
 
 from collector.errors import RatchetError
-from proxy import errors, inject, limits, metrics, sse, translate
+from proxy import attempts, capture, errors, inject, limits, metrics, sse, translate
 from proxy.auth import Guard
+from proxy.cache import Cache, Keeper, Kept, key_of
 from proxy.dialects.base import Dialect, Summary
-from proxy.errors import Broken, ClientGone, Header
+from proxy.errors import Broken, ClientGone, Header, UpstreamTimeout
 from proxy.identity import identify
+from proxy.joining import Running, is_retry
+from proxy.options import Options
 from proxy.prepare import Body, Prompts, parse
 from proxy.record import Call, Recorder
 from proxy.server import CONNECTION, Cycle
@@ -54,16 +57,18 @@ class HangUp:
     The server's Protocol tells; under another ASGI server nobody is noticed to leave before something is sent.
     """
 
-    def __init__(self, scope: Any) -> None:
+    def __init__(self, scope: Any, running: Running | None = None) -> None:
+        """`running`: goes on for others who joined it, until they have left too."""
+        self._running = running
         self._connection: Cycle | None = scope.get("extensions", {}).get(CONNECTION)
         self._gone = False
 
     def __enter__(self) -> Self:
         self._block = asyncio.current_task()
         if self._connection is not None:
-            self._connection.on_gone = self._cancel
+            self._connection.on_gone = self._leave
             if self._connection.disconnected:
-                self._cancel()
+                self._leave()
         return self
 
     def __exit__(
@@ -78,6 +83,14 @@ class HangUp:
         """Stops watching: from here on the answer is written, whether somebody hears it or not."""
         if self._connection is not None:
             self._connection.on_gone = None
+        if self._running is not None:
+            self._running.cancel = None
+
+    def _leave(self) -> None:
+        if self._running is not None and self._running.leave():
+            self._running.cancel = self._cancel
+        else:
+            self._cancel()
 
     def _cancel(self) -> None:
         self._gone = True
@@ -89,42 +102,51 @@ class Client:
     """The client's side of one call. What ends an answer is sent after the call was recorded."""
 
     def __init__(self, send: Any, call: Call, recorder: Recorder) -> None:
-        self._send = send
+        self.send = send
         self._call = call
         self._recorder = recorder
         self.started = False
+        self.running: Running | None = None
 
     async def start(self, status: int, headers: list[Header]) -> None:
         """The head of the answer; the call's own headers are added."""
         self.started = True
         self._call.http_status = status
-        await self._send({"type": "http.response.start", "status": status, "headers": headers + self._call.headers()})
+        await self.send({"type": "http.response.start", "status": status, "headers": headers + self._call.headers()})
 
     async def body(self, chunk: bytes) -> None:
         """A piece of the body that more follows."""
         self._call.response_bytes += len(chunk)
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await self.send({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def last(self, chunk: bytes, more: bool = False) -> None:
         """The piece with which the answer is complete for a client; records first. `more`: the connection isn't."""
         self._call.response_bytes += len(chunk)
         self._recorder.write(self._call)
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
+        await self.send({"type": "http.response.body", "body": chunk, "more_body": more})
 
     async def whole(self, status: int, headers: list[Header], body: bytes, more: bool = False) -> None:
         """A whole answer; records first."""
         self._call.http_status, self._call.response_bytes = status, len(body)
         self._recorder.write(self._call)
         await self.start(status, [*_without_length(headers), (_LENGTH, b"%d" % len(body))])
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        await self.send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 class Relay:
     """Serves recorded calls. Every call that gets here leaves exactly one span, whatever happens to it."""
 
     def __init__(
-        self, upstream: Upstream, prompts: Prompts, recorder: Recorder, table: Table, guard: Guard, body_limit: int
+        self,
+        upstream: Upstream,
+        prompts: Prompts,
+        recorder: Recorder,
+        table: Table,
+        guard: Guard,
+        body_limit: int,
+        options: Options,
     ) -> None:
+        self._options = options
         self._upstream = upstream
         self._prompts = prompts
         self._recorder = recorder
@@ -156,20 +178,64 @@ class Relay:
             await _refuse(receive, client, call, RatchetError("an internal error of the proxy; its log says more"))
         finally:
             self._recorder.write(call)
+            if client.running is not None:
+                self._options.joining.remove(client.running)
+            if call.metered:
+                self._options.settle(call)
 
     async def _relay(self, scope: Any, receive: Any, client: Client, call: Call) -> None:
         given: list[Header] = scope["headers"]
         headers = dict(given)
         raw = await limits.read_body(receive, headers.get(_LENGTH), self._limit)
         call.request_bytes = len(raw)
-        with HangUp(scope) as hang_up:
+        joined = self._options.joining.find(call, raw) if is_retry(headers) else None
+        if joined is not None:
+            await _join(scope, client, call, joined)
+            return
+        client.running = self._options.joining.add(call, raw, client)
+        with HangUp(scope, client.running) as hang_up:
             request = await self._prepare(scope, given, headers, raw, call)
-            stripping = call.dialect.usage_option and call.reading.stream and _add_usage(call, request)
-            answer = await self._send(request, call)
-            try:
-                await _answer(hang_up, client, call, answer, stripping)
-            finally:
-                answer.close()
+            if call.limits is not None:
+                self._options.admit(call)
+            if self._options.cache is not None:
+                await self._cached(self._options.cache, hang_up, client, call, request)
+            elif self._options.total is None:
+                await self._exchange(hang_up, client, call, request)
+            else:
+                await self._in_time(self._options.total, hang_up, client, call, request)
+
+    async def _exchange(self, hang_up: HangUp, client: Client, call: Call, request: Request) -> None:
+        stripping = call.dialect.usage_option and call.reading.stream and _add_usage(call, request)
+        answer = await self._send(request, call)
+        try:
+            await _answer(hang_up, client, call, answer, stripping)
+        finally:
+            answer.close()
+
+    async def _in_time(
+        self, seconds: float | None, hang_up: HangUp, client: Client, call: Call, request: Request
+    ) -> None:
+        """The same, within the time that a whole call may take."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._exchange(hang_up, client, call, request)
+        except TimeoutError as error:
+            late = UpstreamTimeout("the call took too long (upstream.total_timeout)")
+            raise (Broken(late) if client.started else late) from error
+
+    async def _cached(self, kept: Cache, hang_up: HangUp, client: Client, call: Call, request: Request) -> None:
+        """From the cache where it has the answer, else from the upstream and into the cache."""
+        key = key_of(call, request)
+        found = kept.get(key) if key is not None else None
+        if found is not None:
+            await _replay(hang_up, client, call, found)
+            return
+        keeper = Keeper(kept, key, client.send) if key is not None else None
+        if keeper is not None:
+            client.send = keeper.send
+        await self._in_time(self._options.total, hang_up, client, call, request)
+        if keeper is not None:
+            keeper.keep(call)
 
     async def _prepare(
         self, scope: Any, given: list[Header], headers: dict[bytes, bytes], raw: bytes, call: Call
@@ -187,20 +253,56 @@ class Relay:
         await self._prompts.apply(call, body, _text(headers.get(b"x-ratchet-slot")))
         target = self._upstream.route(_service(call), call.reading.model)
         call.provider = target.provider
-        model = call.adapter.served if call.adapter else target.model
+        model = call.upstream_model = call.adapter.served if call.adapter else target.model
         if model is not None and body.parsed is not None:
             body.raw = inject.replace(body.raw, body.parsed, ("model",), model)
-        sent = headers_for(target, given, keyed=self._guard.keyed, unpacked=plain is not None)
+        keyed, unpacked = self._guard.keyed, plain is not None
+        sent = headers_for(target, given, keyed=keyed, unpacked=unpacked)
         query = scope.get("query_string", b"").decode("latin-1")
-        return Request(target, scope["method"], call.route.tail, query, sent, body.raw)
+        request = Request(target, scope["method"], call.route.tail, query, sent, body.raw)
+        if self._upstream.shared(_service(call), call.reading.model):
+            request.once, request.service = True, _service(call)
+            request.given, request.keyed, request.unpacked = given, keyed, unpacked
+        return request
 
     async def _send(self, request: Request, call: Call) -> Answer:
         try:
-            if request.target.params is not None:
-                return await translate.send(request, call.dialect.operation)
-            return await self._upstream.send(request)
+            if request.once:
+                return await attempts.send(self._upstream, request, call, self._attempt)
+            return await self._attempt(request, call)
         finally:
             call.attempts = request.attempts
+
+    async def _attempt(self, request: Request, call: Call) -> Answer:
+        trained = request.target.train or bool(self._options.trained)
+        if trained and call.body is not None and capture.wanted(call, request.target, self._options.trained):
+            request.body, call.hidden = capture.ask(request.body, call.body, call.dialect.operation)
+        if request.target.params is not None:
+            return await translate.send(request, call.dialect.operation)
+        return await self._upstream.send(request)
+
+
+async def _join(scope: Any, client: Client, call: Call, joined: Running) -> None:
+    """The answer of the call that this retry repeats. That call's span is the record of both."""
+    call.written = True
+    metrics.JOINED.inc()
+    with HangUp(scope):
+        await joined.follow(client.send)
+
+
+async def _replay(hang_up: HangUp, client: Client, call: Call, kept: Kept) -> None:
+    """An answer that was kept, as it was then."""
+    hang_up.release()
+    metrics.CACHED.inc()
+    call.cached, call.attempts, call.cost_usd = True, 0, 0.0
+    call.summary, call.stream = kept.summary, kept.stream
+    call.first_byte()
+    call.end("ok")
+    if kept.stream:
+        await client.start(kept.status, kept.headers)
+        await client.last(kept.body)
+    else:
+        await client.whole(kept.status, kept.headers, kept.body)
 
 
 async def _refuse(receive: Any, client: Client, call: Call, error: RatchetError) -> None:
@@ -240,6 +342,8 @@ async def _whole(hang_up: HangUp, client: Client, call: Call, answer: Answer) ->
     if reply is not None:
         call.summary = call.dialect.summarise(reply)
     _judge(call, answer.status)
+    if call.hidden is not None and copy is not None and answer.encoding in ("identity", ""):
+        body = capture.hide(body, call.hidden)
     await client.whole(answer.status, answer.headers, body)
 
 

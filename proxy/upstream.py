@@ -18,7 +18,9 @@ import aiohttp
 from yarl import URL
 
 from collector.settings import ModelEntry, Settings
+from collector.settings import Upstream as UpstreamSettings
 from proxy import http1
+from proxy.balance import Balance, Group, Member
 from proxy.errors import BadRequest, Header, UpstreamError
 from proxy.http1_errors import ClosedEarly, ConnectFailed, ConnectTimeout, InvalidRequest, ReadTimeout, TransportError
 from proxy.reply import HOP, RawReply, Reply, broken, late
@@ -28,6 +30,7 @@ _NOT_SENT = HOP | {b"host", b"content-length", b"accept-encoding", b"expect", b"
 _CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key"))
 _RAW = {"openai": "https://api.openai.com/v1", "hosted_vllm": None, "openai_like": None, "litellm_proxy": None}
 _HOSTS = {"api.openai.com": "openai", "api.anthropic.com": "anthropic"}
+_ROUTER = frozenset(("weight", "order", "rpm", "tpm", "max_parallel_requests"))
 _STALE_SECONDS = 1.0
 _AS_FILE = 1 << 20
 _BROKEN = (aiohttp.ClientError, ConnectionError, TransportError)
@@ -48,6 +51,7 @@ class Target:
     headers: tuple[tuple[str, str], ...] = ()
     params: Mapping[str, Any] | None = None
     proxy: str | None = None
+    train: bool = False  # whether token ids and logprobs are to be recorded
 
 
 @dataclass(slots=True)
@@ -61,6 +65,11 @@ class Request:
     headers: list[Header] = field(default_factory=list)
     body: bytes = b""
     attempts: int = 0
+    once: bool = False  # whether another target takes over where this one fails
+    service: str = "openai"
+    given: list[Header] = field(default_factory=list)  # the client's headers, from which another target's are made
+    keyed: bool = False
+    unpacked: bool = False
 
 
 class AiohttpReply(Reply):
@@ -108,10 +117,10 @@ class Upstream:
             "openai": _default(settings.upstream.default, _bearer(env.get("OPENAI_API_KEY"))),
             "anthropic": _default(settings.upstream.anthropic, _anthropic_key(env.get("ANTHROPIC_API_KEY"))),
         }
-        self._entries: dict[str, ModelEntry] = {}
-        for entry in settings.models:
-            self._entries.setdefault(entry.model_name, entry)
-        self._targets = {name: _target(entry, env) for name, entry in self._entries.items()}
+        self._models = tuple(dict.fromkeys(entry.model_name for entry in settings.models))
+        known = [(entry, _target(entry, env)) for entry in settings.models]
+        spoken = [(entry, _anthropic(target)) for entry, target in known if target.provider == "anthropic"]
+        self._balance = {"openai": _balance(known, settings.upstream), "anthropic": _balance(spoken, settings.upstream)}
         self._urls: dict[tuple[str, str], URL] = {}
         self._session: aiohttp.ClientSession | None = None
         self._client = http1.Client(
@@ -122,18 +131,29 @@ class Upstream:
     @property
     def models(self) -> tuple[str, ...]:
         """The configured model names."""
-        return tuple(self._entries)
+        return self._models
 
     def route(self, service: str, model: str | None) -> Target:
         """The target for a model, spoken to in the dialect of `service` (openai | anthropic). Raises BadRequest."""
-        target = self._targets.get(model) if model is not None else None
-        if target is None:
+        if model not in self._models:
             return self._defaults[service]
-        if service == "openai":
-            return target
-        if target.provider != "anthropic" or target.params is None:
+        target = self._balance[service].first(model)
+        if target is None:
             raise BadRequest(f"`{model}` does not speak Anthropic's messages; use chat/completions", param="model")
-        return _anthropic(target)
+        return target
+
+    @property
+    def retries(self) -> int:
+        """How often a call is sent again that nothing came of."""
+        return self._settings.retries
+
+    def shared(self, service: str, model: str | None) -> bool:
+        """Whether another target can take over a call for the model."""
+        return self._balance[service].shared(model)
+
+    def after(self, service: str, model: str, failed: Target) -> Target | None:
+        """The target that takes over from one that failed; None where there is none."""
+        return self._balance[service].after(model, failed)
 
     @property
     def session(self) -> aiohttp.ClientSession:
@@ -169,13 +189,21 @@ class Upstream:
             request.attempts += 1
             sent = time.monotonic()
             try:
-                return await self._once(request)
+                if self._settings.first_byte_timeout is None:
+                    return await self._once(request)
+                async with asyncio.timeout(self._settings.first_byte_timeout):
+                    return await self._once(request)
             except _LATE as error:
-                raise late() from error
+                told = late()
+                told.untouched = isinstance(error, ConnectTimeout | aiohttp.ConnectionTimeoutError)
+                raise told from error
             except _BROKEN as error:
-                if request.attempts > self._settings.retries or not _untouched(error, time.monotonic() - sent):
+                untouched = _untouched(error, time.monotonic() - sent)
+                if request.once or request.attempts > self._settings.retries or not untouched:
                     host = urlsplit(request.target.base).hostname
-                    raise UpstreamError(f"the upstream {host} can't be reached: {_why(error)}") from error
+                    broke = UpstreamError(f"the upstream {host} can't be reached: {_why(error)}")
+                    broke.untouched = untouched
+                    raise broke from error
                 await asyncio.sleep(0.02)
 
     async def _once(self, request: Request) -> Reply:
@@ -242,6 +270,18 @@ def headers_for(target: Target, given: list[Header], *, keyed: bool, unpacked: b
     return sent
 
 
+def _balance(known: list[tuple[ModelEntry, Target]], settings: UpstreamSettings) -> Balance[Target]:
+    """Entries of one name are a group. LiteLLM's `weight` is an entry's share of the calls."""
+    groups: dict[str, list[Member[Target]]] = {}
+    for entry, target in known:
+        weight = entry.litellm_params.get("weight", 1)
+        sound = isinstance(weight, int | float) and weight > 0
+        groups.setdefault(entry.model_name, []).append(Member(target, float(weight) if sound else 1.0))
+    fallbacks = settings.fallbacks
+    whole = {name: Group(members, fallbacks.get(name, ())) for name, members in groups.items()}
+    return Balance(whole, settings.cooldown)
+
+
 def _default(base: str, headers: tuple[tuple[str, str], ...]) -> Target:
     """The client's own key goes along, unless it is a Ratchet key: then `headers`, the environment's, do."""
     host = urlsplit(base).hostname or ""
@@ -253,11 +293,17 @@ def _target(entry: ModelEntry, env: Mapping[str, str]) -> Target:
     provider, slash, name = str(params["model"]).partition("/")
     base = params.get("api_base") or params.get("base_url") or (_RAW.get(provider) if slash else None)
     if not slash or provider not in _RAW or base is None:
-        return Target(str(base or ""), provider if slash else "litellm", own=True, params=params)
+        return Target(str(base or ""), provider if slash else "litellm", own=True, params=_without_router(params))
     key = params.get("api_key") or (env.get("OPENAI_API_KEY") if provider == "openai" else None)
     extra = tuple((str(k), str(v)) for k, v in (params.get("extra_headers") or {}).items())
     base = str(base).rstrip("/")
-    return Target(base, provider, name, own=True, headers=(*_bearer(key), *extra), proxy=_proxy(base))
+    headers = (*_bearer(key), *extra)
+    return Target(base, provider, name, own=True, headers=headers, proxy=_proxy(base), train=entry.train)
+
+
+def _without_router(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What LiteLLM's router reads in an entry is no parameter of a call."""
+    return {name: value for name, value in params.items() if name not in _ROUTER}
 
 
 def _anthropic(target: Target) -> Target:

@@ -12,11 +12,12 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 import uvicorn
@@ -27,11 +28,13 @@ from collector.lifeline import follow
 from collector.settings import Settings
 
 if TYPE_CHECKING:
+    from collector.prices import Prices
     from proxy.routes.base import Context
     from proxy.table import Table
     from proxy.versions import Versions
 
 log = logging.getLogger("ratchet.worker")
+M = TypeVar("M")
 
 DRAIN = 30  # seconds that running calls get after SIGTERM
 ORPHANED = 0.5  # seconds to end in after the supervisor's death, whatever is running
@@ -90,6 +93,7 @@ async def serve(spec: Spec, ready: Any) -> None:
     from proxy.app import App
     from proxy.auth import Guard
     from proxy.link import Link
+    from proxy.rates import Meter
     from proxy.routes import cold
     from proxy.routes.base import Context
     from proxy.upstream import Upstream
@@ -104,7 +108,10 @@ async def serve(spec: Spec, ready: Any) -> None:
     with _table(data_dir, spec.runtime) as table, socket.socket(fileno=spec.listen_fd) as listener:
         guard = Guard(settings.server, versions)
         context = Context(settings, journal, versions, upstream, link, guard, spec.runtime, spec.index)
-        server = Server(_config(App(settings, journal, versions, upstream, table, cold(context)), context))
+        prices = _prices(settings)
+        meter = _mapped(lambda folder: Meter(folder / "limits.tab", spec.index), data_dir, spec.runtime)
+        app = App(settings, journal, versions, upstream, table, cold(context), meter, prices)
+        server = Server(_config(app, context))
         _obey(server, context, spec.alive_fd, spec.runtime)
         await _first_deployments(versions, server, PATIENCE[spec.first])
         watching = asyncio.create_task(versions.watch())
@@ -121,14 +128,34 @@ async def serve(spec: Spec, ready: Any) -> None:
 
 
 def _table(data_dir: Path, runtime: Path) -> "Table":
-    """The workers' shared table; where the disk has no room for it, one that lasts as long as this server."""
+    """The workers' shared table of episodes."""
     from proxy.table import Table
 
+    return _mapped(lambda folder: Table(folder / "episodes.tab"), data_dir, runtime)
+
+
+def _mapped(make: Callable[[Path], M], data_dir: Path, runtime: Path) -> M:
+    """What the workers share in a mapped file; where the disk has no room for it, it lasts as long as the server."""
     try:
-        return Table(data_dir / "episodes.tab")
+        return make(data_dir)
     except OSError as error:
-        log.error("%s cannot be used (%s): episodes are remembered until the server ends", data_dir, error.strerror)
-        return Table(runtime / "episodes.tab")
+        log.error("%s cannot be used (%s): what it holds is forgotten when the server ends", data_dir, error.strerror)
+        return make(runtime)
+
+
+def _prices(settings: Settings) -> "Prices":
+    """Own prices at once; LiteLLM's map a moment later, read beside the loop."""
+    from collector.prices import Prices, price_of, read
+
+    own = {}
+    for entry in settings.models:
+        provider, _, name = str(entry.litellm_params["model"]).partition("/")
+        price = price_of({**entry.litellm_params, **entry.model_info})
+        if price is not None:
+            own[provider, name] = price
+    prices = Prices(own)
+    threading.Thread(target=lambda: prices.learn(read()), name="prices", daemon=True).start()
+    return prices
 
 
 def _config(app: Any, context: "Context") -> uvicorn.Config:
