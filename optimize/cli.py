@@ -186,18 +186,32 @@ def _sum_up(rollouts: list[Rollout], seconds: float, as_json: bool) -> None:
 @optimize_app.command("apo")
 @command
 def apo(
-    agent: Command,
     slot: Annotated[str, typer.Option(help="The prompt to improve; an unknown name adopts the agent's own prompt.")],
-    tasks: Tasks,
+    agent: Annotated[
+        list[str] | None, typer.Argument(help="The agent: -- python agent.py", metavar="-- COMMAND")
+    ] = None,
+    tasks: Annotated[Path | None, typer.Option(help="Tasks: JSONL, one object a line.")] = None,
     grade: GraderSpec = None,
+    replay: Annotated[bool, typer.Option("--replay", help="Instead of an agent: send logged requests again.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replay calls of several-step episodes too.")] = False,
     budget: Annotated[int, typer.Option(help="Rollouts of the search; the test adds 2 a held-out task.")] = 400,
-    engine: Annotated[str, typer.Option(help="factorial.")] = "factorial",
+    budget_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of all calls, the optimizer's and the test's too.")
+    ] = None,
+    budget_usd: Annotated[float | None, typer.Option(help="The same in US dollars.")] = None,
+    budget_seconds: Annotated[float | None, typer.Option(help="Seconds that the whole job may take.")] = None,
+    engine: Annotated[str, typer.Option(help="factorial, beam or gepa.")] = "factorial",
+    param: Annotated[
+        list[str] | None, typer.Option("--param", help="An engine's parameter, for example beam_width=2; repeatable.")
+    ] = None,
     promote: Annotated[str, typer.Option(help="auto, canary (a tenth of new episodes) or never.")] = "auto",
     holdout: Annotated[str, typer.Option(help="Held-out tasks: a share such as 0.4, or a count.")] = "0.4",
+    replicates: Annotated[int, typer.Option(help="Rollouts a held-out task and prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the split and the search.")] = 0,
     concurrency: Concurrency = 4,
     timeout: Timeout = 120.0,
     sandbox: Sandbox = False,
+    runner: Annotated[str, typer.Option(help="local.")] = "local",
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
@@ -208,11 +222,16 @@ def apo(
     from optimize.apo.spec import ApoSpec, check, file_sha256
 
     held_out = _holdout(holdout)
-    split(load_tasks(tasks), held_out, seed)
+    if replay and agent:
+        raise BadInput("give either --replay or an agent's command, not both", param="replay")
+    if tasks is None and not replay:
+        raise BadInput("give the tasks with --tasks T.jsonl, or --replay to learn from logged calls", param="tasks")
+    if tasks is not None and not replay:
+        split(load_tasks(tasks), held_out, seed)
     spec = ApoSpec(
         slot=slot,
-        tasks=str(tasks),
-        command=tuple(agent),
+        tasks="" if tasks is None else str(tasks),
+        command=tuple(agent or ()),
         grader=grade,
         budget=budget,
         holdout=held_out,
@@ -223,11 +242,31 @@ def apo(
         timeout=timeout,
         sandbox=sandbox,
         model=os.environ.get("OPENAI_MODEL"),
-        tasks_sha256=file_sha256(tasks),
+        tasks_sha256=None if tasks is None else file_sha256(tasks),
+        mode="replay" if replay else "agent",
+        force=force,
+        budget_tokens=budget_tokens,
+        budget_usd=budget_usd,
+        budget_seconds=budget_seconds,
+        replicates=replicates,
+        runner=runner,
+        engine_params=_params(param or []),
     )
     check(spec)
-    check_command(agent)
+    if agent:
+        check_command(agent)
     _apo(spec, None, url, as_json)
+
+
+def _params(given: list[str]) -> dict[str, int]:
+    """Engine parameters of `name=value`. Raises BadInput where one is not."""
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not value.isdigit():
+            raise BadInput(f"--param is name=number, for example beam_width=2, not {text!r}", param="param")
+        found[name.replace("-", "_")] = int(value)
+    return found
 
 
 def _holdout(text: str) -> int | float:
@@ -288,6 +327,8 @@ def jobs_resume(job_id: str, url: Url = None, as_json: AsJson = False) -> None:
     if job["status"] == "done":
         raise BadInput(f"{job_id} is done", param="job_id")
     spec = ApoSpec.from_dict(decoded(job, "spec"))
+    if spec.mode == "function":
+        raise BadInput(f"{job_id} calls a function of a script: run the script again to resume it", param="job_id")
     if not Path(spec.cwd).is_dir():
         raise BadInput(f"the job's folder {spec.cwd} is gone", param="job_id")
     os.chdir(spec.cwd)

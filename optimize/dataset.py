@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from collector.errors import BadInput
 
@@ -31,6 +31,9 @@ class Task:
     def json(self) -> str:
         """The task as the agent gets it: one line of JSON."""
         return json.dumps(self.data, ensure_ascii=False)
+
+
+T = TypeVar("T", bound=Task)
 
 
 def make_task(data: dict[str, Any]) -> Task:
@@ -76,7 +79,7 @@ def _object(path: str | Path, number: int, line: str) -> dict[str, Any]:
     return data
 
 
-def split(tasks: Sequence[Task], holdout: int | float, seed: int = 0) -> tuple[list[Task], list[Task]]:
+def split(tasks: Sequence[T], holdout: int | float, seed: int = 0) -> tuple[list[T], list[T]]:
     """`(search, held-out)`: whole groups are drawn, by `seed` and by the set of groups alone, until the held-out side
     has `holdout` tasks (an int) or that share of them (a float); both keep the order of `tasks`.
 

@@ -50,6 +50,9 @@ class Params:
     confident: float = 0.9  # P(gain > 0) from which a prompt other than the seed is reported
     doubt: float = 0.25  # the sceptic's prior odds of no effects, against each scale of effects, for what is reported
     doubt_to_stop: float = 4.0  # the same for whoever wants to stop
+    compare: int = 4  # one in so many blocks goes to the seed, and one to the leader, while the gain is unclear
+    compare_after: int = 40
+    clear: float = 0.98  # P(gain > 0) from which it is clear
     headroom: float = 0.95  # a seed with this mean reward has nothing to gain
     headroom_rollouts: int = 20
     keep: float = 0.005  # reward that an added part must be worth to stay in the result
@@ -161,6 +164,7 @@ class _Search:
         self.own = _groups(self.tasks)
         self.started = time.monotonic()
         self.spent = False
+        self.blocks = 0
         self.hopeful = 0  # number of rollouts when there was hope last
 
     async def run(self) -> SearchResult:
@@ -175,7 +179,7 @@ class _Search:
             stop = self._why_stop(posterior, leader)
             if stop is not None:
                 break
-            await self._roll(self._design(posterior))
+            await self._roll(self._design(posterior, leader))
             if self._proposal_due():
                 await self._propose(leader)
             posterior = self._fit()
@@ -205,17 +209,31 @@ class _Search:
             return self.params.block
         return 4 if len(self.rows) < 200 else 8 if len(self.rows) < 600 else 12
 
-    def _design(self, posterior: Posterior) -> list[tuple[Subset, int]]:
-        """The next block: Thompson subsets, each for up to `reps` of the least-used tasks."""
+    def _design(self, posterior: Posterior, leader: Subset) -> list[tuple[Subset, int]]:
+        """The next block: Thompson subsets, each for up to `reps` of the least-used tasks.
+
+        While it is unclear whether the leader is any better than the seed, some rollouts compare just these two: draws
+        seldom hold the seed alone, so that its mean, against which all is judged, would stay vague.
+        """
         pairs: list[tuple[Subset, int]] = []
         taken: set[int] = set()
+        compared = self._compared(posterior, leader)
         while len(pairs) < self._block():
-            subset = self.pool.best(posterior.draw(self.rng, self.params.thompson))
+            subset = compared.pop() if compared else self.pool.best(posterior.draw(self.rng, self.params.thompson))
             count = min(self.params.reps, self._block() - len(pairs))
             chosen = self._pick(count, frozenset(taken), subset)
             taken.update(chosen)
             pairs += [(self._fair(subset, task), task) for task in chosen]
         return pairs
+
+    def _compared(self, posterior: Posterior, leader: Subset) -> list[Subset]:
+        """The seed or the leader, each in one of `compare` blocks, while P(gain > 0) is neither small nor large."""
+        self.blocks += 1
+        if self.blocks % self.params.compare > 1 or len(self.rows) < self.params.compare_after:
+            return []
+        if self._gain(posterior, leader)[2] > self.params.clear:
+            return []
+        return [(self.pool.seed, leader)[self.blocks % self.params.compare]]
 
     def _pick(self, count: int, taken: frozenset[int], subset: Subset) -> list[int]:
         """`count` tasks, least used first, ties at random; tasks whose own example is in the subset come last."""

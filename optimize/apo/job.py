@@ -20,7 +20,7 @@ from optimize.apo.origin import Origin
 from optimize.apo.proposers import Chain
 from optimize.apo.replay import ProposalLog, ReplyLog, row_of
 from optimize.apo.result import ApoResult, HeldOut, pair_of, write_report
-from optimize.apo.setup import Setup, agent_setup
+from optimize.apo.setup import Setup, agent_setup, replay_setup
 from optimize.apo.spec import CANARY_SHARE, ApoSpec, check
 from optimize.apo.state import Proposer
 from optimize.budget import Budget
@@ -66,7 +66,10 @@ async def run_apo(
     """
     check(spec)
     settings, job_id = settings or Settings(), job_id or new_job_id()
-    setup = agent_setup(spec, client, base_url, settings, api_key, job_id)
+    if spec.mode == "replay":
+        setup = await replay_setup(spec, client, base_url, settings, api_key, job_id)
+    else:
+        setup = agent_setup(spec, client, base_url, settings, api_key, job_id)
     return await run_setup(spec, setup, client, settings=settings, job_id=job_id, on_progress=on_progress)
 
 
@@ -167,6 +170,8 @@ class _Work:
 
     async def _steps(self) -> ApoResult:
         began = time.monotonic()
+        for note in self.setup.notes:
+            self._enter("origin", 0, note)
         self._enter("origin", 0, f"{len(self.search_tasks)} tasks to search on, {len(self.held)} held out")
         origin = await self.setup.origin()
         if origin.adopted:
@@ -299,6 +304,7 @@ class _Work:
             rollouts=len(paid),
             calls=sum(event["calls"] or 0 for event in paid),
             seconds=0.0,
+            notes=self.setup.notes,
         )
 
     async def _register(self, origin: Origin, found: SearchResult, gate: Verdict) -> int:

@@ -31,19 +31,27 @@ async def find(client: Client, runner: Runner, slot: str, tasks: Sequence[Task])
     Raises BadInput for a slot that holds adapters or a prompt that cannot be told from the task's own text,
     RatchetError where the agent makes no call.
     """
-    try:
-        versions = await patiently(lambda: client.versions(slot))
-    except NotFound:
-        versions = []
-    if versions:
-        live = max(versions, key=lambda version: (version["live"], version["version"]))
-        if live["kind"] != "prompt":
-            raise BadInput(f"slot {slot} holds adapters, not prompts", param="slot")
-        return Origin(live["template"], live["version"], adopted=False)
+    known = await live(client, slot)
+    if known is not None:
+        return known
     template = await _observe(client, runner, tasks)
     note = "the agent's own prompt, read from its first call"
     added = await patiently(lambda: client.add_version(slot, kind="prompt", template=template, note=note))
     return Origin(template, added["version"], adopted=True)
+
+
+async def live(client: Client, slot: str) -> Origin | None:
+    """The version of `slot` that is dealt most, None for an unknown slot. Raises BadInput where it holds adapters."""
+    try:
+        versions = await patiently(lambda: client.versions(slot))
+    except NotFound:
+        return None
+    if not versions:
+        return None
+    most = max(versions, key=lambda version: (version["live"], version["version"]))
+    if most["kind"] != "prompt":
+        raise BadInput(f"slot {slot} holds adapters, not prompts", param="slot")
+    return Origin(most["template"], most["version"], adopted=False)
 
 
 async def _observe(client: Client, runner: Runner, tasks: Sequence[Task]) -> str:

@@ -67,6 +67,7 @@ class ApoResult:
     calls: int
     seconds: float
     report: Path | None = None
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json` and the job's result."""
@@ -85,6 +86,7 @@ class ApoResult:
             "report": None if self.report is None else str(self.report),
             "seed_template": self.seed_template,
             "best_template": self.best_template,
+            "notes": list(self.notes),
             "search": {
                 "stop": self.search.stop,
                 "reason": self.search.reason,

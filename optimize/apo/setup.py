@@ -6,16 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from collector.client import Client
+from collector.errors import BadInput
 from collector.settings import Settings
 from optimize.apo.examples import gather
-from optimize.apo.origin import Origin, find
+from optimize.apo.origin import Origin, find, live
 from optimize.apo.proposers import Bank, Demonstrations, Example, Proposer
 from optimize.apo.spec import ApoSpec
-from optimize.dataset import Task
+from optimize.dataset import Task, load_tasks, split
 from optimize.evaluate import context_hash
 from optimize.grade import check_tasks, grader
 from optimize.llm import Ask, Reply, completer
+from optimize.logged import gather as gather_logged
+from optimize.logged import load, models, save
 from optimize.patience import patiently
+from optimize.resend import Resend
 from optimize.rollout import Rollouts
 from optimize.runner import Runner
 
@@ -30,13 +34,14 @@ class Setup:
     model; `ask` is the optimizer's model, None where there is none.
     """
 
-    search: list[Task]
-    held: list[Task]
+    search: Sequence[Task]
+    held: Sequence[Task]
     rollouts: Rollouts
     context: str
     origin: Callable[[], Awaitable[Origin]]
     free: Free
     ask: Ask | None
+    notes: tuple[str, ...] = ()  # what a reader of the result has to know of them
 
 
 def agent_setup(
@@ -72,6 +77,49 @@ def agent_setup(
         origin,
         traffic(client, spec, search, held),
         through_proxy(client, base_url, settings, api_key, job_id, priced=spec.budget_usd is not None),
+    )
+
+
+async def replay_setup(
+    spec: ApoSpec, client: Client, base_url: str, settings: Settings, api_key: str | None, job_id: str
+) -> Setup:
+    """Logged requests of the slot sent again. Raises BadInput where there is nothing to send, or no such slot."""
+    kept = Path(settings.store.data_dir) / "jobs" / f"{job_id}.tasks.jsonl"
+    judge = spec.grader or ""
+    logged = load(kept)
+    if logged is None:
+        known = load_tasks(Path(spec.cwd) / spec.tasks) if spec.tasks else []
+        logged = await gather_logged(client, spec.slot, judge, known=known, force=spec.force)
+        save(logged, kept)
+    search, held = split(logged.tasks, spec.holdout, spec.seed)
+    resend = Resend(
+        client,
+        base_url,
+        spec.slot,
+        grader(judge, settings.optimizer),
+        api_key=api_key or os.environ.get("OPENAI_API_KEY"),
+        grade_source="llm" if judge.startswith("judge:") else "code",
+        concurrency=spec.concurrency,
+        timeout=spec.timeout,
+        run_id=job_id,
+        priced=spec.budget_usd is not None,
+    )
+
+    async def origin() -> Origin:
+        found = await live(client, spec.slot)
+        if found is None:
+            raise BadInput(f"there is no slot {spec.slot} yet: see `ratchet slots discover`", param="slot")
+        return found
+
+    return Setup(
+        search,
+        held,
+        resend,
+        context_hash(("replay",), judge, models(logged.tasks), Path(spec.cwd), adapters(client)),
+        origin,
+        traffic(client, spec, search, held),
+        through_proxy(client, base_url, settings, api_key, job_id, priced=spec.budget_usd is not None),
+        logged.notes,
     )
 
 
