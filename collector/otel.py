@@ -48,7 +48,13 @@ _OBSERVED = {"agent_name": "gen_ai.agent.name", "tool_name": "gen_ai.tool.name"}
 # Wire formats that the conventions know as `chat`.
 _CHATS = ("responses", "messages")
 EXTRA = frozenset(
-    ("gen_ai.response.finish_reasons", "gen_ai.response.time_to_first_chunk", "ratchet.operation", "ratchet.status")
+    (
+        "gen_ai.response.finish_reasons",
+        "gen_ai.response.time_to_first_chunk",
+        "gen_ai.system_instructions",
+        "ratchet.operation",
+        "ratchet.status",
+    )
 )
 
 

@@ -69,8 +69,12 @@ _NUMBERS: Mapping[str, tuple[str, ...]] = {
     "propensity": ("ratchet.propensity",),
 }
 _OURS = ("prompt_slot", "prompt_candidate", "adapter_slot")  # read only from spans that we exported
-_USED = frozenset(name for table in (_TEXTS, _WHOLE, _NUMBERS) for names in table.values() for name in names)
-_MESSAGES = ("gen_ai.input.messages", "gen_ai.output.messages", "gen_ai.system_instructions", "gen_ai.tool.definitions")
+# An agent's span repeats the sum of its calls' tokens: counted there, they would count twice.
+_OF_CALLS = ("input_tokens", "output_tokens", "cached_tokens", "cost_usd", "response_id")
+_TABLES = (*_TEXTS.items(), *_WHOLE.items(), *_NUMBERS.items())
+_USED = frozenset(name for _, names in _TABLES for name in names) | frozenset(otel.ATTRIBUTES.values()) | otel.EXTRA
+_USED_OF_CALLS = frozenset(name for column, names in _TABLES if column in _OF_CALLS for name in names)
+_WHOLE_BODIES = frozenset(("input.value", "input.mime_type", "output.value", "output.mime_type"))  # the same again
 _FLAT = ("llm.input_messages.", "llm.output_messages.", "llm.tools.", "gen_ai.prompt.", "gen_ai.completion.")
 
 
@@ -125,10 +129,6 @@ def row(span: Span) -> Observed:
     )
 
 
-# An agent's span repeats the sum of its calls' tokens: counted there, they would count twice.
-_OF_CALLS = ("input_tokens", "output_tokens", "cached_tokens", "cost_usd", "response_id")
-
-
 def _episode_source(given: Mapping[str, Any], episode: str | None) -> str:
     if episode is None:
         return "trace"
@@ -136,7 +136,7 @@ def _episode_source(given: Mapping[str, Any], episode: str | None) -> str:
 
 
 def _operation(given: Mapping[str, Any]) -> str:
-    for name in ("gen_ai.operation.name", "ratchet.operation"):
+    for name in ("ratchet.operation", "gen_ai.operation.name"):
         if isinstance(given.get(name), str) and given[name]:
             return str(given[name])[:64]
     for name in ("openinference.span.kind", "traceloop.span.kind", "llm.request.type"):
@@ -243,14 +243,12 @@ def _tools(given: Mapping[str, Any]) -> str | None:
 
 def _rest(span: Span, call: bool) -> dict[str, Any]:
     """What has no column: attributes by their own names, events, where it came from."""
-    kept = {
-        name: value
-        for name, value in span.attributes.items()
-        if not (call and name in _USED) and name not in _MESSAGES and not name.startswith(_FLAT)
-    }
+    used = _USED if call else _USED - _USED_OF_CALLS
+    if call and any(name.startswith(_FLAT) for name in span.attributes):
+        used |= _WHOLE_BODIES
+    kept = {name: value for name, value in span.attributes.items() if name not in used and not name.startswith(_FLAT)}
     ours = parsed(kept.pop("ratchet.attributes", None))
     rest: dict[str, Any] = dict(ours) if isinstance(ours, Mapping) else {}
-    kept = {name: value for name, value in kept.items() if name not in _FROM_US}
     if kept:
         rest["otel"] = kept
     if span.events:
@@ -258,9 +256,6 @@ def _rest(span: Span, call: bool) -> dict[str, Any]:
     if span.scope != otel.SCOPE:
         rest |= {name: value for name, value in (("resource", span.resource), ("scope", span.scope)) if value}
     return rest
-
-
-_FROM_US = frozenset(otel.ATTRIBUTES.values()) | otel.EXTRA
 
 
 def _json(value: Any) -> str | None:

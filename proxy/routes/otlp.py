@@ -24,9 +24,8 @@ MAX_WAITING_BYTES = 64 << 20
 class Intake:
     """The receiver of one worker."""
 
-    def __init__(self, context: Context, most: int = MAX_WAITING_BYTES) -> None:
+    def __init__(self, context: Context) -> None:
         self._context = context
-        self._most = most
         self._waiting = 0
         self._thread = ThreadPoolExecutor(1, "otlp")
 
@@ -77,7 +76,7 @@ class Intake:
         return whole
 
     async def _take(self, body: bytes, kind: str, signal: otlp.Signal, rights: Rights) -> Taken:
-        if self._waiting and self._waiting + len(body) > self._most:
+        if self._waiting and self._waiting + len(body) > MAX_WAITING_BYTES:
             raise Unavailable("too much telemetry at once; try again in a second", code="overloaded")
         self._waiting += len(body)
         store = partial(take, emails=self._context.settings.store.redaction.emails)
