@@ -4,8 +4,9 @@ import logging
 
 import orjson
 
+from collector import template
 from collector.errors import NotFound
-from proxy import adapters, inject, metrics, slots
+from proxy import adapters, inject, members, metrics, prompt_ids, slots
 from proxy import table as tables
 from proxy.dialects.base import Json
 from proxy.paths import pinned
@@ -52,6 +53,9 @@ class Prompts:
         snapshot, revision = await self._snapshot(call.identity.episode_id)
         if snapshot.adapters:
             call.adapter = adapters.deal(snapshot, call.reading.model, pins, call.identity.episode_id, revision)
+        if body.parsed is not None and "prompt_id" in body.parsed and call.dialect.operation in prompt_ids.OPERATIONS:
+            await self._ask(call, body, pins, snapshot, revision)
+            return
         wanted = {*pins, *((named,) if named else ())}
         only = wanted if named else None
         matches = slots.find(snapshot, call.reading.prompts, call.reading.model, only=only, prefer=pins)
@@ -72,6 +76,28 @@ class Prompts:
         found = {match.known.slot for match in matches} | ({call.adapter.slot} if call.adapter else set())
         for _ in wanted - found:
             metrics.FAIL_OPEN.labels("not_matched").inc()
+
+    async def _ask(self, call: Call, body: Body, pins: dict[str, str], snapshot: Snapshot, revision: int) -> None:
+        """The prompt that the body asks for by `prompt_id`. Raises BadRequest, or NotFound for an unknown slot."""
+        parsed = body.parsed or {}
+        asked = prompt_ids.read(parsed)
+        slot = snapshot.slots.get(asked.slot)
+        choice = slot.choose(call.identity.episode_id, revision) if slot is not None else None
+        if slot is None or choice is None:
+            raise NotFound(f"there is no prompt slot `{asked.slot}`", param="prompt_id", code="slot_not_found")
+        if slot.name in pins:
+            text = await self._pinned(slot.name, pins[slot.name])
+            number, candidate = _numbered(pins[slot.name])
+            served = Applied(slot.name, number, candidate, 1.0, asked.values)
+        else:
+            text = slot.texts[choice.version]
+            served = Applied(slot.name, choice.version, None, choice.propensity, asked.values)
+        prompt_ids.check(asked, slot, text)
+        raw = members.without(body.raw, parsed, *prompt_ids.NAMES)
+        rendered = template.render(text, asked.values)
+        body.raw = prompt_ids.place(raw, parsed, call.dialect.operation, slot.role, rendered)
+        metrics.INJECTED.inc()
+        call.applied.append(served)
 
     async def _snapshot(self, episode_id: str) -> tuple[Snapshot, int]:
         """The episode's revision, which is that of its first call whichever worker served it, and a snapshot that
@@ -126,5 +152,10 @@ class Prompts:
 
 
 def _pin(match: Match, version: str) -> Applied:
-    number, candidate = (None, version) if version.startswith("c-") else (int(version), None)
+    number, candidate = _numbered(version)
     return Applied(match.known.slot, number, candidate, 1.0, match.values)
+
+
+def _numbered(version: str) -> tuple[int | None, str | None]:
+    """`(number, candidate)` of a pin: one of them is set."""
+    return (None, version) if version.startswith("c-") else (int(version), None)

@@ -15,6 +15,7 @@ from proxy.errors import BadRequest
 from proxy.versions import Slot
 
 NAMES = ("prompt_id", "prompt_variables")
+OPERATIONS = frozenset(("chat", "responses", "text_completion", "messages"))
 _MEMBER = {"responses": "instructions", "messages": "system", "text_completion": "prompt"}
 
 
@@ -62,11 +63,9 @@ def _wrong(slot: str, what: str, names: Iterable[str]) -> BadRequest:
 
 
 def place(raw: bytes, body: Json, operation: str, role: str | None, text: str) -> bytes:
-    """`raw` with `text` as its prompt, and `body` changed to match. Raises BadRequest for a dialect without prompts."""
+    """`raw` with `text` as the prompt of a call of one of OPERATIONS, and `body` changed to match."""
     if operation in _MEMBER:
         return members.put(raw, body, _MEMBER[operation], text)
-    if operation != "chat":
-        raise BadRequest("prompt_id: only chat, responses, completions and messages have prompts", param="prompt_id")
     messages = body.get("messages")
     if not isinstance(messages, list):
         return members.put(raw, body, "messages", [{"role": role or "system", "content": text}])
