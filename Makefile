@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 TORCH_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install check format test otel-clients test-model faults bench-gateway demo serve image-steps clean lock
+.PHONY: install check format test otel-clients test-clients test-model faults bench-gateway demo serve image-steps clean lock
 
 # A stamp per lock: made anew when the lock or the project's metadata changes.
 $(VENV)/bin/python:
@@ -63,6 +63,10 @@ otel-clients:
 	$(PYTHON) -m venv $(OTEL_CLIENT)
 	$(OTEL_CLIENT)/bin/python -m pip --disable-pip-version-check install --quiet "openai>=2,<3" "wrapt<2" \
 	  "opentelemetry-instrumentation-openai-v2==2.3b0" "opentelemetry-exporter-otlp-proto-http>=1.36,<2"
+
+# Real clients and frameworks, unmodified, each in an environment of its own under .venvs (made once; some GB).
+test-clients: install
+	$(BIN)/python -m tests.clients.matrix
 
 # What a recorded call costs beside a bare relay and other gateways, which it installs itself; about 13 minutes.
 bench-gateway: install
