@@ -39,13 +39,13 @@ _TABLES = {
     "spans": "SELECT * EXCLUDE (batch) FROM spans WHERE day = $day ORDER BY episode_id, start_ns, span_id",
     "echoes": "SELECT * EXCLUDE (batch) FROM echoes WHERE day = $day ORDER BY episode_id, start_ns, span_id",
     "payloads": "SELECT * FROM payloads WHERE day = $day ORDER BY episode_id, start_ns, span_id",
-    "rewards": "SELECT * FROM rewards WHERE day = $day ORDER BY ts_ns, reward_id",
+    "rewards": "SELECT * EXCLUDE (target_key) FROM rewards WHERE day = $day ORDER BY ts_ns, reward_id",
 }
 # Read back into a new database, as its first batch.
 _RESTORE = {
     "spans": "INSERT INTO spans BY NAME SELECT *, 0 AS batch FROM read_parquet($file)",
     "echoes": "INSERT INTO echoes BY NAME SELECT *, 0 AS batch FROM read_parquet($file)",
-    "rewards": "INSERT INTO rewards BY NAME SELECT * FROM read_parquet($file)",
+    "rewards": "INSERT INTO rewards BY NAME SELECT *, key_of(target_id) AS target_key FROM read_parquet($file)",
 }
 _REMOVE = (
     "DELETE FROM spans WHERE day = $day",
@@ -89,6 +89,21 @@ class Archive:
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
+        self._files: list[str] = []  # what the view of payloads reads
+
+    def prepare(self) -> None:
+        """Make the folder, with the file that is read where there are no others. Raises OSError."""
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        empty = self.path / _EMPTY
+        if not empty.exists():
+            _write_empty(empty)
+        self._files = [str(empty)]
+
+    def refresh(self, cursor: Any) -> None:
+        """Learn from the database which days' files are read; to be called where its transactions end."""
+        days = cursor.execute("SELECT day FROM _parts WHERE kept ORDER BY day").fetchall()
+        files = [str(self.path / day_name(day) / "payloads.parquet") for (day,) in days]
+        self._files = [str(self.path / _EMPTY), *files]
 
     # What is there
 
@@ -112,14 +127,8 @@ class Archive:
         return [name for name, digest in part.sha256.items() if _digest(self.file(part, name)) != digest]
 
     def show(self, cursor: Any) -> None:
-        """Tell the view `payloads_v`, for this connection, which files are part of what its transaction sees."""
-        self.path.mkdir(mode=0o700, exist_ok=True)
-        empty = self.path / _EMPTY
-        if not empty.exists():
-            _write_empty(empty)
-        days = _kept(cursor)
-        files = [str(empty), *(str(self.path / day_name(day) / "payloads.parquet") for day in days)]
-        cursor.execute("SET VARIABLE archived_payloads = ?", [files])
+        """Tell the view `payloads_v`, for this connection, which files belong to what its transaction sees."""
+        cursor.execute("SET VARIABLE archived_payloads = ?", [self._files])
 
     # At the start
 
@@ -141,6 +150,7 @@ class Archive:
         self._report_lost(con, known, parts)
         if restored:
             _settle_all(con)
+        self.refresh(con)
 
     def _take_in(self, con: Any, part: Part) -> bool:
         """A day that the database doesn't know as archived; whether its rows had to be read back."""
@@ -263,13 +273,6 @@ def _settle_all(con: Any) -> None:
         settle(con, 0, observed=True, recorded=True)
         fold.forget(con)
         con.execute("COMMIT")
-
-
-def _kept(cursor: Any) -> list[int]:
-    tables = cursor.execute("SELECT count(*) FROM duckdb_tables() WHERE table_name = '_parts'").fetchall()
-    if tables == [(0,)]:
-        return []
-    return [day for (day,) in cursor.execute("SELECT day FROM _parts WHERE kept ORDER BY day").fetchall()]
 
 
 def _write_empty(target: Path) -> None:

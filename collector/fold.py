@@ -23,7 +23,7 @@ SELECT episode_id, min(start_ns) AS start_ns, max(end_ns) AS end_ns, CAST(sum(st
   CAST(sum(input_tokens) AS BIGINT) AS input_tokens, CAST(sum(output_tokens) AS BIGINT) AS output_tokens,
   sum(cost_usd) AS cost_usd, CAST(sum(errors) AS INTEGER) AS errors, min(prompt_ns) AS prompt_ns,
   arg_min(prompt, prompt_ns) AS prompt, $fold AS fold
-FROM (SELECT * FROM parts UNION ALL BY NAME SELECT * FROM known) GROUP BY episode_id
+FROM (SELECT * FROM parts UNION ALL BY NAME SELECT * FROM known) GROUP BY episode_id ORDER BY start_ns
 """
 _RECOUNT = """
 INSERT INTO episodes BY NAME

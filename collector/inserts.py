@@ -31,7 +31,8 @@ _INSERTS: dict[str, tuple[str, ...]] = {
         QUALIFY row_number() OVER (PARTITION BY span_id ORDER BY start_ns, hash(new)) = 1""",
     ),
     "reward": (
-        """INSERT INTO rewards BY NAME SELECT *, $day AS day FROM journal_rewards($files, $size) AS new
+        """INSERT INTO rewards BY NAME
+        SELECT *, $day AS day, key_of(target_id) AS target_key FROM journal_rewards($files, $size) AS new
         WHERE NOT EXISTS (SELECT 1 FROM rewards AS old WHERE old.reward_id = new.reward_id)
         QUALIFY row_number() OVER (PARTITION BY reward_id ORDER BY ts_ns, value) = 1""",
     ),

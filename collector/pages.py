@@ -11,10 +11,17 @@ from collector import rewards
 
 Rows = Callable[[str, Mapping[str, Any]], list[dict[str, Any]]]
 
+# Where a page can end at the earliest: the engine then skips whatever is older.
+EPISODES_SINCE = """
+SELECT min(start_ns) AS since FROM (SELECT start_ns FROM episodes
+  WHERE start_ns <= $before_ns AND (start_ns < $before_ns OR episode_id < $before_id)
+    AND ($status::VARCHAR IS NULL OR (errors > 0) = ($status <> 'ok'))
+  ORDER BY start_ns DESC LIMIT $limit)
+"""
 EPISODES = """
 SELECT * EXCLUDE (prompt_ns, prompt, fold), prompt.slot AS prompt_slot, prompt.version AS prompt_version,
   prompt.candidate AS prompt_candidate
-FROM episodes WHERE start_ns <= $before_ns AND (start_ns < $before_ns OR episode_id < $before_id)
+FROM episodes WHERE start_ns BETWEEN $since AND $before_ns AND (start_ns < $before_ns OR episode_id < $before_id)
   AND ($status::VARCHAR IS NULL OR (errors > 0) = ($status <> 'ok'))
 ORDER BY start_ns DESC, episode_id DESC LIMIT $limit
 """
@@ -50,7 +57,10 @@ UNION ALL
 SELECT e.span_id, e.trace_id, NULL, s.episode_id, s.span_id FROM echoes AS e JOIN spans AS s ON s.span_id = e.echo_of
 WHERE s.start_ns BETWEEN $since AND $until AND s.episode_id IN (SELECT unnest($ids))
 """
-_REWARDS = "SELECT * EXCLUDE (day) FROM rewards WHERE target_id IN (SELECT unnest($targets))"
+_REWARDS = """
+SELECT * EXCLUDE (day, target_key) FROM rewards
+WHERE target_key IN (SELECT key_of(unnest($targets))) AND list_contains($targets, target_id)
+"""
 _LATEST_RESPONSE = """
 SELECT response_id AS target_id, episode_id, span_id FROM spans
 WHERE start_ns >= $since AND response_id IN (SELECT unnest($targets))
@@ -98,6 +108,14 @@ def _latest(
         return {}
     where = {"targets": targets, "since": since}
     return {row["target_id"]: (row["episode_id"], row["span_id"]) for row in rows(statement, where)}
+
+
+def episodes(rows: Rows, where: Mapping[str, Any], weights: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A page of episodes by time and status. `where`: before_ns, before_id, status, limit."""
+    (first,) = rows(EPISODES_SINCE, where)
+    if first["since"] is None:
+        return []
+    return with_rewards(rows, rows(EPISODES, {**where, **first}), weights)
 
 
 def with_rewards(rows: Rows, episodes: list[dict[str, Any]], weights: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@
 CREATE TABLE IF NOT EXISTS _meta (key VARCHAR, value VARCHAR);
 
 -- A journal segment is loaded if and only if its name is here: both are written in one transaction.
--- `batch` counts the transactions that loaded, `day` (days since 1970, UTC) is that of the journal to which the rows belong.
+-- `batch` counts the transactions that loaded; `day` (since 1970, UTC) is that of the journal to which rows belong.
 CREATE TABLE IF NOT EXISTS _segments (
   name VARCHAR, lines BIGINT, quarantined BIGINT, bytes BIGINT, loaded_ns BIGINT, batch BIGINT, day INTEGER
 );
@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS payloads (
 
 CREATE TABLE IF NOT EXISTS rewards (
   reward_id VARCHAR, target_kind VARCHAR, target_id VARCHAR, name VARCHAR, value DOUBLE, label VARCHAR,
-  explanation VARCHAR, source VARCHAR, idempotency_key VARCHAR, ts_ns BIGINT, day INTEGER
+  explanation VARCHAR, source VARCHAR, idempotency_key VARCHAR, ts_ns BIGINT, day INTEGER, target_key UBIGINT
 );
 
 -- One row an episode, derived from `spans` (fold.py).
@@ -96,6 +96,9 @@ SELECT episode_id, min(start_ns) AS start_ns, max(end_ns) AS end_ns,
   arg_min({'slot': prompt_slot, 'version': prompt_version, 'candidate': prompt_candidate}, start_ns)
     FILTER (prompt_slot IS NOT NULL) AS prompt
 FROM spans WHERE batch > batch_above GROUP BY episode_id;
+
+-- A number to look a reward's target up by.
+CREATE OR REPLACE MACRO key_of(identifier) AS hash(identifier);
 
 -- Journal segments as rows: files is a list of paths, size the longest line that may occur
 

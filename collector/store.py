@@ -36,7 +36,7 @@ _COUNTS = {
     "span": "SELECT count(*), sum(hash(t)) FROM (SELECT * EXCLUDE (batch, day) FROM spans) AS t",
     "echo": "SELECT count(*), sum(hash(t)) FROM (SELECT * EXCLUDE (batch, day) FROM echoes) AS t",
     "payload": "SELECT count(*), sum(hash(t)) FROM payloads_v AS t",
-    "reward": "SELECT count(*), sum(hash(t)) FROM (SELECT * EXCLUDE (day) FROM rewards) AS t",
+    "reward": "SELECT count(*), sum(hash(t)) FROM (SELECT * EXCLUDE (day, target_key) FROM rewards) AS t",
     "version": "SELECT count(*), sum(hash(t)) FROM versions AS t",
     "candidate": "SELECT count(*), sum(hash(t)) FROM candidates AS t",
     "deployment": "SELECT count(*), sum(hash(t)) FROM deployments AS t",
@@ -129,6 +129,7 @@ class Store:
         self._lock = threading.Lock()
         self._commits = threading.Lock()  # held where rows become visible, so that a snapshot has all of a batch
         self._batch = 0  # the number of the last transaction that loaded
+        self._behind = True  # whether `episodes` may lack something
         self._unfolded = 0  # lines loaded since `episodes` was brought up to date
         self._unmatched = (0.0, 0)  # (good until, how many)
         self.archive = archive.Archive(self._journal.parent / archive.FOLDER)
@@ -210,6 +211,7 @@ class Store:
     def _prepare(self, con: "duckdb.DuckDBPyConnection", known: str | None) -> None:
         """Tables and views where they are new, weights, then the walls: no file but the journal can be read, and
         nothing reconfigured."""
+        self.archive.prepare()
         if known is None:
             con.execute("BEGIN")
             self.archive.show(con)
@@ -225,6 +227,7 @@ class Store:
                 con.execute("INSERT INTO reward_weights VALUES (?, ?)", [name, weight])
             con.execute("COMMIT")
         self.archive.attach(con, self._journal)
+        self._behind = True
         ((self._batch,),) = con.execute(_LAST_BATCH).fetchall()
         con.execute("SET allowed_directories = ?", [[str(self._journal.resolve()), str(self.archive.path)]])
         con.execute("SET enable_external_access = false")
@@ -257,12 +260,14 @@ class Store:
     def _fold(self, cursor: "duckdb.DuckDBPyConnection") -> None:
         """A failure (a full disk) leaves `episodes` behind; the next reader tries again."""
         try:
-            if not fold.behind(cursor, self._batch):
+            if not self._behind or not fold.behind(cursor, self._batch):
+                self._behind = False
                 return
             cursor.execute("BEGIN")
             fold.fold(cursor, self._batch)
             cursor.execute("COMMIT")
             self._unfolded = 0
+            self._behind = False
         except _FATAL:
             raise
         except duckdb.Error as error:
@@ -289,6 +294,7 @@ class Store:
                 with self._commits:
                     cursor.execute("COMMIT")
                     self._batch += 1
+                    self._behind = True
             except duckdb.Error:
                 with contextlib.suppress(duckdb.Error):
                     cursor.execute("ROLLBACK")
@@ -327,7 +333,7 @@ class Store:
             rows = _reader(cursor)
             if all(where[name] is None for name in ("slot", "version", "min_reward", "max_reward")):
                 asked = {name: given[name] for name in ("before_ns", "before_id", "status", "limit")}
-                return pages.with_rewards(rows, rows(pages.EPISODES, asked), self._weights)
+                return pages.episodes(rows, asked, self._weights)
             return rows(pages.EPISODES_WHERE, given)
 
     def spans(self, **where: Any) -> list[dict[str, Any]]:

@@ -63,16 +63,16 @@ def test_the_background_thread_loads_what_others_write(tmp_path: Path) -> None:
 def test_the_loader_thread_outlives_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Collector(settings(tmp_path))
     crashed = threading.Event()
-    real = made.loader.load_once
+    real = made.loader.due
 
-    def crash() -> int:
+    def crash() -> bool:
         crashed.set()
         raise RuntimeError("unforeseen")
 
     try:
-        monkeypatch.setattr(made.loader, "load_once", crash)
+        monkeypatch.setattr(made.loader, "due", crash)
         assert crashed.wait(10)
-        monkeypatch.setattr(made.loader, "load_once", real)
+        monkeypatch.setattr(made.loader, "due", real)
         write(tmp_path, call(1))
         assert made.flush()["pending"] == 0
         assert made._thread is not None
