@@ -53,6 +53,11 @@ class Meter:
                     self._seen[pid, task] = schedstat((PROC / f"{pid}/task/{task}/schedstat").read_text())
         return sum(self._seen.values())
 
+    def share(self, mark: str) -> int:
+        """The nanoseconds, at the last reading, of the processes that live and have `mark` among their arguments."""
+        marked = {pid for pid in {pid for pid, _ in self._seen} if mark in arguments(pid)}
+        return sum(used for (pid, _), used in self._seen.items() if pid in marked)
+
 
 def threads(pid: int) -> list[int]:
     """The threads of a process; none of one that is gone."""

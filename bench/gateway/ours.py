@@ -18,7 +18,7 @@ from bench.gateway.process import NotStarted, Target
 
 KEY = "rk-bench-9f2c7a1e"
 SLOT = "bench"
-WORKER = "proxy.worker"  # among the arguments of a worker
+WORKER, COLLECTOR = "proxy.worker", "collector"  # among the arguments of these processes
 _RECORDING = ["-P", "-c", "import ratchet; ratchet.main()"]
 _UNRECORDED = ["-P", "-m", "bench.gateway.unrecorded"]
 
@@ -48,7 +48,7 @@ def configuration(upstream: str, workers: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def served(
-    folder: Path, upstream: str, cpus: set[int], *, recording: bool = True, workers: int = 1, promoted: bool = True
+    folder: Path, upstream: str, cpus: set[int], *, recording: bool = True, workers: int = 1
 ) -> Iterator[Target]:
     """Our server over a fresh data directory in `folder`."""
     folder.mkdir(parents=True)
@@ -63,9 +63,9 @@ def served(
         name = "ours" if recording else "unrecorded"
         target = Target(name, Address(httpx.URL(url).port or 80, headers=headers), running, folder)
         process.answering(target, log, began)
-        if promoted:
-            _promote(target)
+        _promote(target)
         if recording:
+            target.parts = {"worker": WORKER, "collector": COLLECTOR}
             target.drain = 2.1
             target.loaded = lambda: records(target).spans == target.sent
         yield target

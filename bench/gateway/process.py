@@ -43,6 +43,7 @@ class Target:
     sent: int = 0
     drain: float = 0.5
     loaded: Callable[[], bool] = lambda: True
+    parts: Mapping[str, str] = field(default_factory=dict)
     meter: cpu.Meter = field(init=False)
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ _PICTURED = ("floor", "ours", "tensorzero", "portkey", "litellm")
 
 def markdown(result: Result, samples: Samples, stage: Stage, memory: Mapping[str, int]) -> str:
     """The tables: figures by target, ratios beside their bounds, and how it was measured."""
-    return "\n".join([*_figures(samples, stage, memory), "", *_bounds(result), "", *_notes(result, stage), ""])
+    return "\n".join([*_figures(samples, stage, memory), "", *_bounds(result), "", *_notes(result, samples), ""])
 
 
 def _figures(samples: Samples, stage: Stage, memory: Mapping[str, int]) -> list[str]:
@@ -64,7 +64,7 @@ def _bounds(result: Result) -> list[str]:
     return rows
 
 
-def _notes(result: Result, stage: Stage) -> list[str]:
+def _notes(result: Result, samples: Samples) -> list[str]:
     notes, load = result.notes, result.notes["load_average"]
     lines = [f"{notes['rounds']} interleaved rounds, medians (lowest..highest); {machine()['cpus']} CPUs."]
     if load:
@@ -75,8 +75,20 @@ def _notes(result: Result, stage: Stage) -> list[str]:
             f"Ours: {kept['sent']:,} calls sent, {kept['lines']:,} journal lines, {kept['spans']:,} spans, "
             f"{kept['distinct']:,} distinct, {kept['injected']:,} with the promoted prompt."
         )
+    lines += _parts(samples)
     lines += [f"{what}: failed, not counted: {why}" for what, why in notes["failed"].items()]
     return [f"- {line}" for line in lines]
+
+
+def _parts(samples: Samples) -> list[str]:
+    lines = []
+    for scenario in scenarios():
+        worker = figures.shown(samples, scenario.name, figures.OURS, "cpu_worker_us")
+        collector = figures.shown(samples, scenario.name, figures.OURS, "cpu_collector_us")
+        if worker and collector:
+            shares = f"the worker takes {worker.median:,.0f} µs a call, the collector {collector.median:,.0f} µs"
+            lines.append(f"Ours, {scenario.title}: {shares}.")
+    return lines
 
 
 def picture(samples: Samples, path: Path) -> None:

@@ -60,7 +60,7 @@ def measure(samples: Samples, targets: Sequence[Target], scenario: Scenario, at:
         if f"{target.name} {scenario.name}" in samples.failures:
             continue
         try:
-            seen, cpu_ns = loaded(target, scenario, scale)
+            seen, cpu = loaded(target, scenario, scale)
         except (TimeoutError, ConnectionError) as error:
             samples.failures[f"{target.name} {scenario.name}"] = str(error) or "calls stayed unanswered"
             continue
@@ -68,33 +68,39 @@ def measure(samples: Samples, targets: Sequence[Target], scenario: Scenario, at:
         if seen.failed or not seen.walls:
             samples.failures[f"{target.name} {scenario.name}"] = seen.error or "no call was answered"
             continue
-        figures = dict(seen.measures)
-        if target.process is not None:
-            figures["cpu_us"] = cpu_ns / seen.sent / 1e3
-        samples.add(scenario.name, target.name, at, figures)
+        costs = {name: used / seen.sent / 1e3 for name, used in cpu.items()}
+        samples.add(scenario.name, target.name, at, {**seen.measures, **costs})
 
 
-def loaded(target: Target, scenario: Scenario, scale: float = 1.0) -> tuple[Seen, int]:
-    """Load a target and let it settle: what was seen, and the nanoseconds of CPU that its whole tree took for it,
-    until its records were where they belong."""
-    before = target.meter.read()
+def loaded(target: Target, scenario: Scenario, scale: float = 1.0) -> tuple[Seen, dict[str, int]]:
+    """Load a target and let it settle: what was seen, and the nanoseconds of CPU that its whole tree took for it
+    (`cpu_us`), and its parts (`cpu_worker_us` ...), until its records were where they belong."""
+    before = _used(target, target.meter.read())
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         seen = runner.run(drive(target.address, scenario, scale))
     target.sent += seen.sent
-    return seen, settle(target) - before
+    after = settle(target)
+    return seen, {name: used - before.get(name, 0) for name, used in after.items()}
 
 
-def settle(target: Target) -> int:
-    """The CPU counter once the target idles and its lag is drained; the asking itself comes after the reading.
+def _used(target: Target, total: int) -> dict[str, int]:
+    """The counters as they were last read; none for the upstream called directly."""
+    if target.process is None:
+        return {}
+    return {"cpu_us": total, **{f"cpu_{name}_us": target.meter.share(mark) for name, mark in target.parts.items()}}
+
+
+def settle(target: Target) -> dict[str, int]:
+    """The CPU counters once the target idles and its lag is drained; the asking itself comes after the reading.
 
     Raises TimeoutError when it does not settle.
     """
     if target.process is None:
-        return 0
+        return {}
     deadline = time.monotonic() + SETTLED
     time.sleep(target.drain)
     while time.monotonic() < deadline:
-        used = _idle(target, deadline)
+        used = _used(target, _idle(target, deadline))
         if target.loaded():
             return used
     raise TimeoutError(f"{target.name} has not loaded what it recorded within {SETTLED:g} s")

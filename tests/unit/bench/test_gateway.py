@@ -64,6 +64,8 @@ def test_the_meter_counts_a_child_and_keeps_what_an_ended_thread_used():
         assert child.pid in cpu.tree(os.getpid())
         assert cpu.resident(child.pid) > 1_000_000
         used = meter.read()
+        assert meter.share("-c") == used
+        assert meter.share("no such argument") == 0
         child.communicate(b"")
     assert used >= 50_000_000
     assert meter.read() >= used
