@@ -4,15 +4,15 @@ First hit wins: URL, `x-ratchet-episode`, `traceparent`, `metadata.episode_id`, 
 `conversation`, a message prefix that an earlier call left behind, else a new episode.
 """
 
+import os
 import re
-import secrets
 import time
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 from proxy import table as tables
-from proxy.dialects.base import Json, Reading, Summary, Turn
+from proxy.dialects.base import Json, Reading, Summary
 from proxy.errors import BadRequest
 from proxy.metrics import CONTINUATIONS
 from proxy.table import Table
@@ -41,11 +41,16 @@ class Trace:
     parent_id: str | None = None
 
 
+_NO_TRACE = Trace()
+
+
 def read_traceparent(value: str | None) -> Trace:
     """The trace of a W3C `traceparent`; an invalid one, or one of zeros, counts as absent."""
-    found = _TRACEPARENT.fullmatch(value.strip()) if value else None
-    if found is None or value is None or value.startswith("ff") or not found[1].strip("0") or not found[2].strip("0"):
-        return Trace()
+    if not value:
+        return _NO_TRACE
+    found = _TRACEPARENT.fullmatch(value.strip())
+    if found is None or value.startswith("ff") or not found[1].strip("0") or not found[2].strip("0"):
+        return _NO_TRACE
     return Trace(found[1], found[2])
 
 
@@ -56,7 +61,7 @@ def trace_of(episode_id: str) -> str:
 
 def new_episode() -> str:
     """Sorts by time: 12 hex digits of milliseconds, then 16 at random."""
-    return f"ep-{time.time_ns() // 1_000_000:012x}{secrets.token_hex(8)}"
+    return f"ep-{time.time_ns() // 1_000_000:012x}{os.urandom(8).hex()}"
 
 
 def explicit(value: Any, where: str) -> str:
@@ -92,7 +97,7 @@ def identify(
     metadata = body.get("metadata")
     if isinstance(metadata, dict) and metadata.get("episode_id") is not None:
         return Identity(explicit(metadata["episode_id"], "metadata.episode_id"), "metadata")
-    return _referred(body, table, tenant) or _chained(reading.turns, table, tenant)
+    return _referred(body, table, tenant) or _chained(reading, table, tenant)
 
 
 def _referred(body: Json, table: Table, tenant: str) -> Identity | None:
@@ -111,10 +116,10 @@ def _referred(body: Json, table: Table, tenant: str) -> Identity | None:
     return None
 
 
-def _chained(turns: list[Turn], table: Table, tenant: str) -> Identity:
+def _chained(reading: Reading, table: Table, tenant: str) -> Identity:
     """By the longest prefix that ends in a reply and that a call has left behind. Each can be continued once; a second
     call that continues it, or one that fits several episodes, is ambiguous."""
-    for key in prefixes(turns, tenant):
+    for key in prefixes(reading, tenant):
         taken = table.take(key)
         if not taken.found:
             continue
@@ -126,14 +131,16 @@ def _chained(turns: list[Turn], table: Table, tenant: str) -> Identity:
     return Identity(new_episode(), "new")
 
 
-def prefixes(turns: list[Turn], tenant: str) -> list[bytes]:
+def prefixes(reading: Reading, tenant: str) -> list[bytes]:
     """The keys of the prefixes of a conversation that end where a reply ended, longest first."""
     digest = sha256(tenant.encode())
     keys: list[bytes] = []
+    turns = reading.turns
     for index, turn in enumerate(turns):
-        _update(digest, turn.canonical)
+        digest.update(turn.canonical)
         if turn.reply and (index + 1 == len(turns) or not turns[index + 1].reply):
             keys.append(digest.digest()[: tables.KEY])
+    reading.digest = digest
     return keys[: -_PREFIXES - 1 : -1]
 
 
@@ -146,13 +153,12 @@ def remember(
         table.put_if_absent(tables.key("response", tenant, summary.response_id), episode)
     if not reading.turns:
         return
-    base = sha256(tenant.encode())
-    for turn in reading.turns:
-        _update(base, turn.canonical)
+    if reading.digest is None:
+        prefixes(reading, tenant)
     for reply in summary.replies:
-        digest = base.copy()
+        digest = reading.digest.copy()
         for canonical in reply:
-            _update(digest, canonical)
+            digest.update(canonical)
         if reply:
             table.add(digest.digest()[: tables.KEY], episode)
 
@@ -161,8 +167,3 @@ def give_back(table: Table, identity: Identity) -> None:
     """After a failure: the prefix that this call used up can be continued again, by the retry."""
     if identity.taken is not None:
         table.add(identity.taken, identity.episode_id.encode())
-
-
-def _update(digest: Any, canonical: bytes) -> None:
-    digest.update(b"%d:" % len(canonical))
-    digest.update(canonical)

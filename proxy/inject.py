@@ -6,6 +6,7 @@ A body is never dumped again when it can be spliced, because a dump changes what
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -13,6 +14,11 @@ import orjson
 from proxy.dialects.base import Json, Path
 
 _TRIES = 8
+_SPELLINGS: tuple[Callable[[str], bytes], ...] = (
+    orjson.dumps,
+    lambda text: json.dumps(text).encode(),
+    lambda text: json.dumps(text, ensure_ascii=False).encode(),
+)
 _USAGE = re.compile(rb'("include_usage"\s*:\s*)(?:false|null)')
 _OPTIONS = re.compile(rb'("stream_options"\s*:\s*)(\{|null)')
 
@@ -37,8 +43,8 @@ def replace(raw: bytes, body: Json, path: Path, text: str) -> bytes:
 def _spliced(raw: bytes, wanted: Json, old: str, new: str) -> bytes | None:
     """The old text may stand at several places, or be escaped in another way than ours: try, parse and compare."""
     after = orjson.dumps(new)
-    forms = dict.fromkeys((orjson.dumps(old), json.dumps(old).encode(), json.dumps(old, ensure_ascii=False).encode()))
-    for before in forms:
+    for spell in _SPELLINGS:
+        before = spell(old)
         at = raw.find(before)
         for _ in range(_TRIES):
             if at < 0:

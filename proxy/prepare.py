@@ -50,7 +50,7 @@ class Prompts:
         """
         pins = pinned(call.route.pins)
         texts = {slot: await self._pinned(slot, version) for slot, version in pins.items()}
-        snapshot, revision = await self._snapshot(call.identity.episode_id)
+        snapshot, revision = await self._snapshot(call.identity.episode_id, call.identity.source == "new")
         if snapshot.adapters:
             call.adapter = adapters.deal(snapshot, call.reading.model, pins, call.identity.episode_id, revision)
         if body.parsed is not None and "prompt_id" in body.parsed and call.dialect.operation in prompt_ids.OPERATIONS:
@@ -99,11 +99,15 @@ class Prompts:
         metrics.INJECTED.inc()
         call.applied.append(served)
 
-    async def _snapshot(self, episode_id: str) -> tuple[Snapshot, int]:
+    async def _snapshot(self, episode_id: str, new: bool) -> tuple[Snapshot, int]:
         """The episode's revision, which is that of its first call whichever worker served it, and a snapshot that
         knows it."""
         now = self._versions.current
-        held = self._table.put_if_absent(tables.key("sticky", episode_id), now.revision.to_bytes(8, "big"))
+        key, mine = tables.key("sticky", episode_id), now.revision.to_bytes(8, "big")
+        if new:
+            self._table.add(key, mine)
+            return now, now.revision
+        held = self._table.put_if_absent(key, mine)
         revision = int.from_bytes(held, "big")
         return (now if revision <= now.revision else await self._versions.reach(revision)), revision
 

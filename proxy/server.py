@@ -190,8 +190,8 @@ class Protocol(HttpToolsProtocol):
             self.pipeline.appendleft((cycle, self.app))
 
     def on_response_complete(self) -> None:
-        """The answer is out: the next pipelined request, else the wait for one. A connection has one timer, which learns
-        when it goes off that there was use meanwhile."""
+        """The answer is out: the next pipelined request, else the wait for one. A connection has one timer; that there
+        was use meanwhile, it learns when it goes off."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return

@@ -31,18 +31,21 @@ def find(
     if not snapshot.exact:
         return []
     matches: list[Match] = []
-    open_prompts = list(prompts)
-    for look in (_exact, _inverted):
-        for prompt in list(open_prompts):
-            taken = {match.known.slot for match in matches}
+    taken: set[str] = set()
+    left = list(prompts)
+    for look in (_exact, _inverted) if snapshot.templates else (_exact,):
+        open_prompts, left = left, []
+        for prompt in open_prompts:
             candidates = look(snapshot, prompt)
             for match in sorted(candidates, key=lambda one: one.known.slot not in prefer) if prefer else candidates:
                 slot = snapshot.slots[match.known.slot]
                 fits = (slot.model is None or slot.model == model) and (slot.role is None or slot.role == prompt.role)
                 if fits and slot.name not in taken and (only is None or slot.name in only):
                     matches.append(match)
-                    open_prompts.remove(prompt)
+                    taken.add(slot.name)
                     break
+            else:
+                left.append(prompt)
     return matches
 
 
@@ -75,6 +78,8 @@ def _inverted(snapshot: Snapshot, prompt: Prompt) -> Iterator[Match]:
 
 def render(match: Match, text: str) -> str | None:
     """`text` (another version's template) with the values of the match; None if it needs a variable that is missing."""
+    if "{" not in text:  # the common case: no variables
+        return text
     if not set(template.variables(text)) <= set(match.known.variables):
         return None
     return template.render(text, match.values)

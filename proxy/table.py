@@ -14,8 +14,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -47,13 +46,30 @@ def key(kind: str, *parts: str) -> bytes:
     return sha256("\0".join((kind, *parts)).encode()).digest()[:KEY]
 
 
+class _Lock(AbstractContextManager[None]):
+    """The lock on a file, for as long as it is entered."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def __enter__(self) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
 class Table:
     """Keys of 16 bytes to values of at most 136. Raises OSError if the file can't be mapped or the disk is full."""
 
-    def __init__(self, path: Path, slots: int = 1 << 16) -> None:
+    def __init__(self, path: Path, slots: int = 1 << 16, *, alone: bool = False) -> None:
+        """`alone`: no other process writes to it, so that nothing has to be locked."""
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with self._locked():
+        self._lock: AbstractContextManager[None] = _Lock(self._file)
+        with self._lock:
             self._buckets = self._prepare(max(1, slots // WAYS))
+        if alone:
+            self._lock = nullcontext()
         self._map = mmap.mmap(self._file, _HEADER + self._buckets * _BUCKET)
 
     def _prepare(self, buckets: int) -> int:
@@ -97,7 +113,7 @@ class Table:
         held = self.get(key)
         if held is not None:
             return held
-        with self._locked():
+        with self._lock:
             held = self.get(key)
             if held is None:
                 self._write(key, value)
@@ -105,15 +121,15 @@ class Table:
 
     def add(self, key: bytes, value: bytes) -> None:
         """Stores `value` beside others of the same key, to be taken once each."""
-        with self._locked():
+        with self._lock:
             self._write(key, value)
 
     def take(self, key: bytes) -> Taken:
         """Takes the oldest value of a key that nobody has taken; each is handed out once over all processes."""
         bucket = self._bucket(key)
-        if next(self._ways(bucket, key), None) is None:
+        if not self._ways(bucket, key):
             return Taken(None, 0)
-        with self._locked():
+        with self._lock:
             entries = [(way, entry) for way in self._ways(bucket, key) if (entry := self._read(bucket, way, key))]
             live = [(way, value) for way, (state, value) in entries if state == _LIVE]
             if not live:
@@ -123,25 +139,19 @@ class Table:
             self._store(bucket, way, key, _TAKEN, value)
             return Taken(value, len(entries))
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-
     def _bucket(self, key: bytes) -> int:
         return _HEADER + int.from_bytes(key[:8], "little") % self._buckets * _BUCKET
 
-    def _ways(self, bucket: int, key: bytes) -> Iterator[int]:
+    def _ways(self, bucket: int, key: bytes) -> list[int]:
         """Where in the bucket the key stands. (A copied slice is searched as memory; a loop in Python isn't.)"""
         keys = self._map[bucket : bucket + _KEYS]
+        ways = []
         at = keys.find(key)
         while at >= 0:
             if at % KEY == 0:
-                yield at // KEY
+                ways.append(at // KEY)
             at = keys.find(key, at + 1)
+        return ways
 
     def _read(self, bucket: int, way: int, key: bytes) -> tuple[int, bytes] | None:
         at = bucket + _KEYS + _TIMES.size + way * _ENTRY

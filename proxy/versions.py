@@ -71,9 +71,11 @@ class Slot:
         if at < 0:
             return None
         arms = self.arms[at]
-        total = sum(share for _, share in arms)
         if not arms:
             return None
+        if len(arms) == 1:
+            return Choice(arms[0][0], 1.0)
+        total = sum(share for _, share in arms)
         dealt = int.from_bytes(sha256(f"{episode_id}\0{self.name}".encode()).digest()[:8], "big") / 2**64 * total
         for version, share in arms:
             dealt -= share

@@ -105,7 +105,10 @@ async def serve(spec: Spec, ready: Any) -> None:
     versions = Versions(link.snapshot, data_dir / "deployments.json", link.candidate)
     versions.load_cache()
     journal = Journal(data_dir / FOLDER, f"worker{spec.index}")
-    with _table(data_dir, spec.runtime) as table, socket.socket(fileno=spec.listen_fd) as listener:
+    with (
+        _table(data_dir, spec.runtime, settings.server.workers == 1) as table,
+        socket.socket(fileno=spec.listen_fd) as listener,
+    ):
         guard = Guard(settings.server, versions)
         context = Context(settings, journal, versions, upstream, link, guard, spec.runtime, spec.index)
         prices = _prices(settings)
@@ -127,11 +130,11 @@ async def serve(spec: Spec, ready: Any) -> None:
             await asyncio.to_thread(journal.close)
 
 
-def _table(data_dir: Path, runtime: Path) -> "Table":
+def _table(data_dir: Path, runtime: Path, alone: bool) -> "Table":
     """The workers' shared table of episodes."""
     from proxy.table import Table
 
-    return _mapped(lambda folder: Table(folder / "episodes.tab"), data_dir, runtime)
+    return _mapped(lambda folder: Table(folder / "episodes.tab", alone=alone), data_dir, runtime)
 
 
 def _mapped(make: Callable[[Path], M], data_dir: Path, runtime: Path) -> M:

@@ -25,7 +25,8 @@ class Prompt(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One message in a form that survives a round trip through a client: `reply` tells the model's from the agent's."""
+    """One message in a form that survives a round trip through a client: `reply` tells the model's from the agent's;
+    `canonical` is a JSON list, so that a row of them reads in one way only."""
 
     reply: bool
     canonical: bytes
@@ -33,12 +34,14 @@ class Turn(NamedTuple):
 
 @dataclass(slots=True)
 class Reading:
-    """What the proxy has to know of a request. `turns` is empty where a dialect has no conversation."""
+    """What the proxy has to know of a request. `turns` is empty where a dialect has no conversation; `digest` is what
+    hashing all of them has come to, once somebody has done it."""
 
     model: str | None = None
     stream: bool = False
     prompts: list[Prompt] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
+    digest: Any = None
 
 
 @dataclass(slots=True)
@@ -128,6 +131,8 @@ def turn(role: str, text: str, calls: Iterable[tuple[Any, Any, Any]] = (), answe
     What clients drop or normalise on the way back (nulls, annotations, white space around a reply) isn't part of it.
     """
     reply = role == "assistant"
+    if not calls:
+        return Turn(reply, orjson.dumps((role, text.strip() if reply else text, (), answers)))
     listed = [[ident, name, canonical_json(arguments)] for ident, name, arguments in calls]
     return Turn(reply, orjson.dumps([role, text.strip() if reply else text, listed, answers]))
 

@@ -146,6 +146,9 @@ def finish(
 
 
 def _turn(message: Json) -> Turn:
+    role, content = string(message.get("role")) or "", message.get("content")
+    if len(message) == 2 and isinstance(content, str):
+        return turn(role, content)
     calls = [
         (call.get("id"), function.get("name"), function.get("arguments") or "")
         for call in dicts(message.get("tool_calls"))
@@ -154,8 +157,7 @@ def _turn(message: Json) -> Turn:
     legacy = message.get("function_call")
     if isinstance(legacy, dict):
         calls.append((None, legacy.get("name"), legacy.get("arguments") or ""))
-    role = string(message.get("role")) or ""
-    return turn(role, text_of(message.get("content")), calls, message.get("tool_call_id"))
+    return turn(role, text_of(content), calls, message.get("tool_call_id"))
 
 
 def _merge_choice(held: Json, choice: Json) -> None:

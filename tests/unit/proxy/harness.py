@@ -14,12 +14,20 @@ from typing import Any
 import httpx
 import uvicorn
 
+from collector.model import Exchange
+from collector.prices import Prices
 from collector.settings import Settings
 from proxy.app import App
+from proxy.rates import Meter
 from proxy.server import Protocol
 from proxy.table import Table
 from proxy.upstream import Upstream
 from proxy.versions import Versions
+
+
+DEFAULTS = {
+    one.name: None if one.default is dataclasses.MISSING else one.default for one in dataclasses.fields(Exchange)
+}
 
 
 class Lines:
@@ -31,7 +39,7 @@ class Lines:
 
     def append(self, event: str, body: Any) -> None:
         assert event == "span"
-        self.spans.append(dataclasses.asdict(body))
+        self.spans.append({**DEFAULTS, **body})
         self.times.append(time.monotonic())
 
 
@@ -92,7 +100,10 @@ async def cold(scope: Any, receive: Any, send: Any) -> None:
 class Worker:
     """A running worker. `url` ends in /v1, `root` doesn't; `spans` is what was recorded so far."""
 
-    def __init__(self, settings: Settings, registry: Registry, folder: Path, environ: dict[str, str]) -> None:
+    def __init__(
+        self, settings: Settings, registry: Registry, folder: Path, environ: dict[str, str], prices: Prices
+    ) -> None:
+        self._prices = prices
         self.lines = Lines()
         self.registry = registry
         self._settings = settings
@@ -137,7 +148,9 @@ class Worker:
         self.versions = Versions(self.registry.fetch, self._folder / "deployments.json", self.registry.fetch_candidate)
         upstream = Upstream(self._settings, self._environ)
         table = Table(self._folder / "episodes.tab")
-        app = App(self._settings, self.lines, self.versions, upstream, table, cold)  # type: ignore[arg-type]
+        meter = Meter(self._folder / "limits.tab")
+        lines: Any = self.lines
+        app = App(self._settings, lines, self.versions, upstream, table, cold, meter, self._prices)
         config = uvicorn.Config(
             app,
             http=Protocol,
@@ -155,6 +168,7 @@ class Worker:
         watch.cancel()
         await upstream.close()
         table.close()
+        meter.close()
 
 
 @contextlib.contextmanager
@@ -164,11 +178,14 @@ def worker(
     /,
     registry: Registry | None = None,
     environ: dict[str, str] | None = None,
+    prices: Prices | None = None,
     **settings: Any,
 ) -> Iterator[Worker]:
     """A worker whose default upstream is `upstream`; `settings` are further sections."""
     sections = {**settings, "upstream": {"default": upstream, "anthropic": upstream, **settings.get("upstream", {})}}
-    running = Worker(Settings.model_validate(sections), registry or Registry(), folder, environ or {})
+    running = Worker(
+        Settings.model_validate(sections), registry or Registry(), folder, environ or {}, prices or Prices()
+    )
     running.start()
     running.catch_up()
     try:
