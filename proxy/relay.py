@@ -394,7 +394,8 @@ class Streaming:
 
     async def run(self, hang_up: HangUp) -> None:
         """Until the upstream's end. Raises ClientGone, or Broken when the upstream breaks off."""
-        headers = _without_length(self._answer.headers) if self._stripping else self._answer.headers
+        shorter = self._stripping or self._call.hidden is not None
+        headers = _without_length(self._answer.headers) if shorter else self._answer.headers
         await self._client.start(self._answer.status, headers)
         try:
             async for chunk in self._answer.chunks():
@@ -402,12 +403,18 @@ class Streaming:
                 await self._take(chunk)
         except RatchetError as error:  # the head is out, so this can't become an error answer any more
             if not self._call.written:  # else the end had been told already, and nothing is missing
-                await self._client.body(self._splitter.rest)
+                await self._client.body(self._rest)
                 raise Broken(error) from error
         finally:
             self._sum_up()
         hang_up.release()
-        await self._client.last(self._splitter.rest)
+        await self._client.last(self._rest)
+
+    @property
+    def _rest(self) -> bytes:
+        """What is left of an event that was never ended."""
+        rest, hidden = self._splitter.rest, self._call.hidden
+        return rest if hidden is None or not self._plain else capture.hide_run(rest, hidden)
 
     async def _take(self, chunk: bytes) -> None:
         run = self._splitter.feed(chunk) if self._plain else chunk
@@ -418,6 +425,9 @@ class Streaming:
             return
         at = _suspect(run, self._call.dialect, self._stripping) if self._plain else -1
         self._keep(run, at >= 0)
+        if self._call.hidden is not None and self._plain:
+            run = capture.hide_run(run, self._call.hidden)
+            at = _suspect(run, self._call.dialect, self._stripping)
         if at < 0:
             await self._client.body(run)
             return
