@@ -52,6 +52,7 @@ class Reply:
     parts: tuple[bytes | float, ...] = ()
     chunked: bool = False
     end: str = "clean"  # clean | close | reset | hang
+    raw: bool = False  # the parts are all that is written, head included
 
     @property
     def body(self) -> bytes:
@@ -252,7 +253,7 @@ def _got(leaving: "asyncio.Future[bytes]") -> bytes:
 async def _write(writer: asyncio.StreamWriter, reply: Reply) -> bool:
     head = [f"HTTP/1.1 {reply.status} Scripted", *(f"{name}: {value}" for name, value in reply.headers)]
     head.append("transfer-encoding: chunked" if reply.chunked else f"content-length: {_length(reply)}")
-    if reply.parts or reply.end == "clean":
+    if (reply.parts or reply.end == "clean") and not reply.raw:
         writer.write("\r\n".join(head).encode("latin-1") + b"\r\n\r\n")
     for part in reply.parts:
         if isinstance(part, bytes):
@@ -264,7 +265,7 @@ async def _write(writer: asyncio.StreamWriter, reply: Reply) -> bool:
     if reply.end == "clean":
         writer.write(b"0\r\n\r\n" if reply.chunked else b"")
         await writer.drain()
-        return True
+        return not reply.raw
     if reply.end == "hang":
         await asyncio.Event().wait()
     if reply.end == "reset":
