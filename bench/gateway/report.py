@@ -23,6 +23,18 @@ COLUMNS = (
     ("added p99 c=1, ms", "json_c1", "added_p99_ms", "{:.2f}"),
     ("added TTFT c=4, ms", "sse_unpaced", "added_ttft_ms", "{:.2f}"),
 )
+_HOW = (
+    "One gateway's whole process tree on one CPU, upstream and load generator on another; all targets kept running, "
+    "each scenario on all of them in turn. CPU is the scheduler's own count (schedstat) of the whole tree, collector "
+    "and loader included, until every record is loaded, over all calls sent. Ratios are taken within a round.",
+    "The floor reads model and stream, forwards the body with two headers, and passes the answer on.",
+    "Ratchet: a key, a slot whose second prompt version is injected into every call, redaction, durable journal, "
+    "collector, usage asked for in streams and stripped again. Recording off: the same with a recorder that forgets; "
+    "the product has no such switch.",
+    "TensorZero: the HTTP port that its embedded gateway opens for its patched OpenAI client, no database, "
+    "observability off. Portkey: its npm package on Node, with the HTTP server of its lock file, since streams fail "
+    "with newer ones. LiteLLM: its proxy, one worker, a master key, no database, no callbacks.",
+)
 _PICTURED = ("floor", "ours", "tensorzero", "portkey", "litellm")
 
 
@@ -77,7 +89,7 @@ def _notes(result: Result, samples: Samples) -> list[str]:
         )
     lines += _parts(samples)
     lines += [f"{what}: failed, not counted: {why}" for what, why in notes["failed"].items()]
-    return [f"- {line}" for line in lines]
+    return [f"- {line}" for line in (*lines, *_HOW)]
 
 
 def _parts(samples: Samples) -> list[str]:
