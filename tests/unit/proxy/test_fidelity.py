@@ -18,8 +18,8 @@ from tests.unit.proxy.test_streaming import at_every_byte
 OWN, BETTER = 'You are "terse" — né\n', "Be brief."
 # Numbers that a double can't hold, floats in other spellings, escapes, odd white space, fields that nobody knows.
 JSON = {
-    "chat/completions": b'{ "id":"c-1","object":"chat.completion","created":1.0,"model":"q","zeta":{"b":1,"a":[1e2,-0.0]'
-    b"},\n"
+    "chat/completions": b'{ "id":"c-1","object":"chat.completion","created":1.0,"model":"q","zeta":{"b":1,"a":[1e2,-0.0'
+    b"]},\n"
     b'"prompt_token_ids":[151644,8948,198],"choices":[{"index":0,"message":{"content":"P\\u00e2 \xf0\x9f\x98\x80",'
     b'"role":'
     b'"assistant","reasoning":null,"\xc3\xbc":1E-7},"logprobs":{"content":[{"token":"P","logprob":-0.10000000000000001,'
