@@ -120,13 +120,17 @@ def picture(samples: Samples, path: Path) -> None:
             if value is None:
                 continue
             at = group + (place - (len(names) - 1) / 2) * width
-            axes.bar(at, value.median, width * 0.95, color=f"C{_PICTURED.index(name)}")
-            axes.vlines(at, value.low, value.high, color="black", linewidth=0.8)
+            color = f"C{_PICTURED.index(name)}"
+            axes.vlines(at, value.low, value.high, color=color)
+            axes.plot(at, value.median, "o", color=color)
+            above = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+            axes.annotate(f"{value.median:,.0f}", (at, value.high), **above)
     axes.set_yscale("log")
     axes.set_xticks(range(len(scenarios())), [scenario.title for scenario in scenarios()])
     axes.set_ylabel("CPU µs a call, whole process tree")
     handles = [Patch(color=f"C{_PICTURED.index(name)}") for name in names]
-    axes.legend(handles, [TITLES[name] for name in names], fontsize=8, frameon=False)
+    titles = [TITLES[name] for name in names]
+    axes.legend(handles, titles, fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
