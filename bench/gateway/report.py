@@ -123,8 +123,8 @@ def picture(samples: Samples, path: Path) -> None:
             color = f"C{_PICTURED.index(name)}"
             axes.vlines(at, value.low, value.high, color=color)
             axes.plot(at, value.median, "o", color=color)
-            above = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 7}
-            axes.annotate(f"{value.median:,.0f}", (at, value.high), **above)
+            label = f"{value.median:,.0f}"
+            axes.annotate(label, (at, value.high), (0, 3), textcoords="offset points", ha="center", fontsize=7)
     axes.set_yscale("log")
     axes.set_xticks(range(len(scenarios())), [scenario.title for scenario in scenarios()])
     axes.set_ylabel("CPU µs a call, whole process tree")
