@@ -7,7 +7,7 @@ import sys
 import threading
 
 from openai import OpenAI
-from tensorzero import patch_openai_client
+from tensorzero import patch_openai_client  # type: ignore[import-not-found]
 
 
 def main() -> None:
