@@ -1,24 +1,24 @@
 """What one worker counts; `REGISTRY` is what `/metrics` shows. Names follow OTel's GenAI conventions where possible."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from proxy.tally import Durations, Tallies, Tally
 
 REGISTRY = CollectorRegistry()
 
-CALLS = Counter("ratchet_calls", "Recorded calls", ("operation", "status"), registry=REGISTRY)
+CALLS = Tallies("ratchet_calls", "Recorded calls", ("operation", "status"), REGISTRY)
 INFLIGHT = Gauge("ratchet_calls_in_flight", "Calls being relayed now", registry=REGISTRY)
-DURATION = Histogram(
+DURATION = Durations(
     "gen_ai_client_operation_duration_seconds",
     "Seconds from the request's last byte to the answer's last",
-    ("gen_ai_operation_name",),
-    registry=REGISTRY,
-    buckets=(0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92),
+    "gen_ai_operation_name",
+    (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92),
+    REGISTRY,
 )
-TOKENS = Counter(
-    "gen_ai_client_token_usage", "Tokens, as the upstream counted them", ("gen_ai_token_type",), registry=REGISTRY
-)
-INJECTED = Counter("ratchet_prompts_injected", "Prompts replaced by the deployed version", registry=REGISTRY)
-MATCHED = Counter("ratchet_prompts_matched", "Prompts recognised as a slot's", registry=REGISTRY)
-UNMATCHED = Counter("ratchet_prompts_unmatched", "Calls with a prompt that no slot knows", registry=REGISTRY)
+TOKENS = Tallies("gen_ai_client_token_usage", "Tokens, as the upstream counted them", ("gen_ai_token_type",), REGISTRY)
+INJECTED = Tally("ratchet_prompts_injected", "Prompts replaced by the deployed version", REGISTRY)
+MATCHED = Tally("ratchet_prompts_matched", "Prompts recognised as a slot's", REGISTRY)
+UNMATCHED = Tally("ratchet_prompts_unmatched", "Calls with a prompt that no slot knows", REGISTRY)
 FAIL_OPEN = Counter(
     "ratchet_inject_failures", "Prompts relayed as they were because injection failed", ("reason",), registry=REGISTRY
 )
@@ -32,20 +32,15 @@ TAKEN_OVER = Counter("ratchet_calls_taken_over", "Second attempts after a target
 UNRECORDED = Counter("ratchet_calls_unrecorded", "Calls whose record could not be built", registry=REGISTRY)
 OTLP = Counter("ratchet_otlp_items", "What OTLP brought, by what became of it", ("signal", "fate"), registry=REGISTRY)
 
-_seen: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
-INPUT_TOKENS = TOKENS.labels("input")
-OUTPUT_TOKENS = TOKENS.labels("output")
-
 
 def count(operation: str, status: str, seconds: float, tokens_in: int | None, tokens_out: int | None) -> None:
     """Counts one finished call."""
-    calls, duration = _seen.get((operation, status)) or _bind(operation, status)
-    calls.inc()
-    duration.observe(seconds)
+    CALLS.inc(operation, status)
+    DURATION.observe(operation, seconds)
     if tokens_in:
-        INPUT_TOKENS.inc(tokens_in)
+        TOKENS.inc("input", by=tokens_in)
     if tokens_out:
-        OUTPUT_TOKENS.inc(tokens_out)
+        TOKENS.inc("output", by=tokens_out)
 
 
 def count_otlp(signal: str, spans: int, rewards: int, rejected: int, ignored: int) -> None:
@@ -53,8 +48,3 @@ def count_otlp(signal: str, spans: int, rewards: int, rejected: int, ignored: in
     fates = {"span": spans, "reward": rewards, "rejected": rejected, "ignored": ignored}
     for fate, number in fates.items():
         OTLP.labels(signal, fate).inc(number)
-
-
-def _bind(operation: str, status: str) -> tuple[Counter, Histogram]:
-    """Label look-ups cost more than the increment, so each pair is bound once (operations and statuses are few)."""
-    return _seen.setdefault((operation, status), (CALLS.labels(operation, status), DURATION.labels(operation)))

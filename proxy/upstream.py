@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -28,6 +29,9 @@ from proxy.reply import HOP, RawReply, Reply, broken, late
 # Of a request: what belongs to this hop, what is asked anew, and what is a secret of this server.
 _NOT_SENT = HOP | {b"host", b"content-length", b"accept-encoding", b"expect", b"cookie"}
 _CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key"))
+_NOT_SENT_OWN = _NOT_SENT | _CREDENTIALS
+_USUAL = (b"keep-alive", b"close")  # in Connection: nothing that names another header
+_PLAIN = (b"accept-encoding", b"identity")
 _RAW = {"openai": "https://api.openai.com/v1", "hosted_vllm": None, "openai_like": None, "litellm_proxy": None}
 _HOSTS = {"api.openai.com": "openai", "api.anthropic.com": "anthropic"}
 _ROUTER = frozenset(("weight", "order", "rpm", "tpm", "max_parallel_requests"))
@@ -210,11 +214,9 @@ class Upstream:
         base = self._base(request.target)
         if base is None:
             return await self._by_aiohttp(request)
-        path = f"/{request.tail}?{request.query}" if request.query else f"/{request.tail}"
-        if not path.isascii():
-            path = quote(path.encode("latin-1"), safe=_VISIBLE)
+        path = _path(request.tail, request.query)
         response = await self._client.request(
-            request.method.encode(), base, path.encode(), request.headers, request.body, fresh=request.attempts > 1
+            request.method.encode(), base, path, request.headers, request.body, fresh=request.attempts > 1
         )
         return RawReply(response)
 
@@ -256,18 +258,26 @@ class Upstream:
 def headers_for(target: Target, given: list[Header], *, keyed: bool, unpacked: bool) -> list[Header]:
     """The client's headers as they go upstream: without this hop's, without ours, credentials by the target's rule."""
     own = keyed or target.own
-    sent: list[Header] = []
-    named = {name.strip() for key, value in given if key == b"connection" for name in value.lower().split(b",")}
-    for name, value in given:
-        if name in _NOT_SENT or name in named or name.startswith(b"x-ratchet-"):
-            continue
-        if (own and name in _CREDENTIALS) or (unpacked and name == b"content-encoding"):
-            continue
-        sent.append((name, value))
-    sent.append((b"accept-encoding", b"identity"))
-    if own:
-        sent.extend((name.encode("latin-1"), value.encode("latin-1")) for name, value in target.headers)
-    return sent
+    left_out = _NOT_SENT_OWN if own else _NOT_SENT
+    named = [value for name, value in given if name == b"connection" and value not in _USUAL]
+    if named or unpacked:
+        left_out |= {name.strip() for value in named for name in value.lower().split(b",")}
+        left_out |= {b"content-encoding"} if unpacked else set()
+    sent = [pair for pair in given if pair[0] not in left_out and not pair[0].startswith(b"x-ratchet-")]
+    sent.append(_PLAIN)
+    return [*sent, *_encoded(target.headers)] if own else sent
+
+
+@lru_cache
+def _encoded(headers: tuple[tuple[str, str], ...]) -> list[Header]:
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+
+
+@lru_cache
+def _path(tail: str, query: str) -> bytes:
+    """As it goes over the wire."""
+    path = f"/{tail}?{query}" if query else f"/{tail}"
+    return (path if path.isascii() else quote(path.encode("latin-1"), safe=_VISIBLE)).encode()
 
 
 def _balance(known: list[tuple[ModelEntry, Target]], settings: UpstreamSettings) -> Balance[Target]:

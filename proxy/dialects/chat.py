@@ -139,9 +139,9 @@ def finish(
     """Fills in what is told per choice. A stop reason is that of the first choice."""
     if choices:
         summary.finish_reason = string(choices[0].get("finish_reason"))
-    if prompt_ids is not None or any(ids is not None for ids in completion_ids):
+    if prompt_ids is not None or completion_ids.count(None) != len(completion_ids):
         summary.token_ids = {"prompt": prompt_ids, "completion": completion_ids}
-    if any(item is not None for item in logprobs):
+    if logprobs.count(None) != len(logprobs):
         summary.logprobs = logprobs
 
 
