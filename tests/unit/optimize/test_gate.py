@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collector.errors import BadInput
-from optimize.gate import decide, e_values, interval, sign_flip
+from optimize.gate import (
+    bootstrap,
+    decide,
+    decide_while_collecting,
+    e_values,
+    interval,
+    non_inferiority,
+    sign_flip,
+)
 
 
 def binary(rng: np.random.Generator, n: int, gain: float) -> tuple[np.ndarray, np.ndarray]:
@@ -146,3 +154,69 @@ def test_bad_parameters_are_named() -> None:
         assert caught.value.param in wrong
     with pytest.raises(BadInput):
         e_values([0.0, 0.0], [3.0, 0.0])
+
+
+def costs(rng: np.random.Generator, n: int, ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """Paired costs of tasks of very different size; the candidate's are `ratio` times as high on average."""
+    size = rng.lognormal(0.0, 0.7, n)
+    return size * rng.lognormal(-0.045, 0.3, n), ratio * size * rng.lognormal(-0.045, 0.3, n)
+
+
+def test_a_cost_above_the_limit_is_seldom_called_held_and_one_well_below_mostly_is() -> None:
+    rng = np.random.default_rng(5)
+    at_limit = [non_inferiority(*costs(rng, 60, 1.25), limit=1.25).verdict for _ in range(300)]
+    assert at_limit.count("held") / 300 <= 0.05 + 2.5 * math.sqrt(0.05 * 0.95 / 300)
+    same = [non_inferiority(*costs(rng, 60, 1.0), limit=1.25).verdict for _ in range(100)]
+    assert same.count("held") >= 85
+    twice = [non_inferiority(*costs(rng, 60, 2.0), limit=1.25).verdict for _ in range(100)]
+    assert twice.count("worse") >= 95
+
+
+def test_the_interval_of_a_cost_ratio_holds_the_truth() -> None:
+    rng = np.random.default_rng(6)
+    found = [non_inferiority(*costs(rng, 80, 1.5)) for _ in range(200)]
+    assert sum(one.low <= 1.5 <= one.high for one in found) / 200 >= 0.83  # two ends at 5% each
+    assert all(one.low <= one.ratio <= one.high for one in found)
+
+
+def test_costs_that_cannot_be_compared_are_refused() -> None:
+    for before, after in (([0.0, 0.0], [1.0, 1.0]), ([1.0, -1.0], [1.0, 1.0]), ([1.0], [1.0])):
+        with pytest.raises(BadInput):
+            non_inferiority(before, after)
+
+
+def test_the_bootstrap_agrees_with_the_sign_flip_test_on_clear_cases() -> None:
+    rng = np.random.default_rng(7)
+    false = covered = 0
+    for _ in range(300):
+        before, after = graded(rng, 60, 0.0)
+        low, high, p = bootstrap(before, after)
+        false += p < 0.05
+        covered += low <= 0.0 <= high
+    assert false / 300 <= 0.09
+    assert covered / 300 >= 0.91
+    low, high, p = bootstrap(*graded(rng, 60, 0.2))
+    assert low > 0
+    assert p < 0.001
+
+
+@pytest.mark.parametrize("candidates", [1, 8])
+def test_looking_after_every_pair_promotes_no_gain_at_most_alpha_of_the_time(candidates: int) -> None:
+    rng = np.random.default_rng(candidates)
+    runs = 400 // candidates
+    false = sum(
+        any(
+            decide_while_collecting(*binary(rng, 150, 0.0), candidates_tried=candidates)[0] == "promote"
+            for _ in range(candidates)
+        )
+        for _ in range(runs)
+    )
+    assert false / runs <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / runs)
+
+
+def test_a_real_gain_is_promoted_while_collecting_and_a_loss_rejected() -> None:
+    rng = np.random.default_rng(2)
+    assert sum(decide_while_collecting(*binary(rng, 200, 0.3))[0] == "promote" for _ in range(50)) >= 45
+    lost = [decide_while_collecting(*binary(rng, 200, 0.3)[::-1])[0] for _ in range(50)]
+    assert lost.count("reject") >= 45
+    assert decide_while_collecting([0.0, 1.0], [1.0, 1.0])[0] == "shadow"
