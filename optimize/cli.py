@@ -221,7 +221,7 @@ def apo(
     """
     from optimize.apo.spec import ApoSpec, check, file_sha256
 
-    held_out = _holdout(holdout)
+    held_out = read_holdout(holdout)
     if replay and agent:
         raise BadInput("give either --replay or an agent's command, not both", param="replay")
     if tasks is None and not replay:
@@ -269,7 +269,8 @@ def _params(given: list[str]) -> dict[str, int]:
     return found
 
 
-def _holdout(text: str) -> int | float:
+def read_holdout(text: str) -> int | float:
+    """A share such as 0.4, or a count. Raises BadInput."""
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
@@ -283,7 +284,7 @@ def _apo(spec: "ApoSpec", job_id: str | None, url: str | None, as_json: bool) ->
     out = stderr if as_json else console
     if spec.sandbox:
         _say_protections(out)
-    result = to_end(_search(spec, client, _beside_server(config, client), job_id, out))
+    result = to_end(_search(spec, client, beside_server(config, client), job_id, out))
     client.close()
     if as_json:
         emit_json(result.as_dict())
@@ -307,7 +308,7 @@ async def _search(
         )
 
 
-def _beside_server(config: settings.Settings, client: Remote) -> settings.Settings:
+def beside_server(config: settings.Settings, client: Remote) -> settings.Settings:
     """The settings with the server's own data directory, where it is one of this machine: reports go there."""
     data_dir = Path(str(client.identity()["data_dir"]))
     if not os.access(data_dir, os.W_OK):
@@ -322,10 +323,15 @@ def jobs_resume(job_id: str, url: Url = None, as_json: AsJson = False) -> None:
     from optimize.apo.spec import ApoSpec
 
     job = _job(job_id, url)
-    if job["kind"] != "apo":
-        raise BadInput(f"{job_id} is a job of kind {job['kind']}; only apo jobs can be resumed", param="job_id")
+    if job["kind"] not in ("apo", "rl"):
+        raise BadInput(f"{job_id} is a job of kind {job['kind']}; apo and rl jobs can be resumed", param="job_id")
     if job["status"] == "done":
         raise BadInput(f"{job_id} is done", param="job_id")
+    if job["kind"] == "rl":
+        from optimize.rl.commands import resume
+
+        resume(job_id, decoded(job, "spec"), url, as_json)
+        return
     spec = ApoSpec.from_dict(decoded(job, "spec"))
     if spec.mode == "function":
         raise BadInput(f"{job_id} calls a function of a script: run the script again to resume it", param="job_id")

@@ -2,7 +2,7 @@
 
 | method | learns from | loss |
 |---|---|---|
-| rft | steps with a positive advantage | every kept step counts 1, clipped at the logged policy (rejection sampling) |
+| rft | steps with a positive advantage | each counts by it, clipped at the logged policy (rejection sampling) |
 | grpo | all steps | clipped ratio, mean over each sequence, then over sequences (Shao et al. 2024) |
 | dr_grpo | all steps | clipped ratio, sum over a constant length (Liu et al. 2025) |
 | dapo | all steps | clipped ratio with a higher upper bound, mean over tokens (Yu et al. 2025) |

@@ -195,9 +195,10 @@ def train(
 def usable(rows: Sequence[Row], how: Method) -> list[Row]:
     """What the method learns from. Raises BadInput where that is nothing."""
     if how.positive:
-        rows = [_flattened(row) for row in rows if any(value > 0 for value in row.advantages)]
-        if not rows:
+        best = max((value for row in rows for value in row.advantages), default=0.0)
+        if best <= 0:
             raise BadInput("no step did better than expected: there is nothing to imitate", param="method")
+        rows = [_kept(row, best) for row in rows if any(value > 0 for value in row.advantages)]
     elif how.trainer == "logged" and not any(value for row in rows for value in row.advantages):
         raise BadInput("every advantage is 0: all answers to a task earned the same", param="credit")
     if not rows:
@@ -205,13 +206,13 @@ def usable(rows: Sequence[Row], how: Method) -> list[Row]:
     return list(rows)
 
 
-def _flattened(row: Row) -> Row:
-    """Each step with a positive advantage counts 1, the others are masked."""
+def _kept(row: Row, best: float) -> Row:
+    """Steps with a positive advantage count by it, the best 1; the others are masked."""
     good = tuple(int(value > 0) for value in row.advantages)
     logprobs = None
     if row.logprobs is not None:
         logprobs = tuple(value if one else 0.0 for value, one in zip(row.logprobs, good, strict=True))
-    return replace(row, mask=good, advantages=tuple(map(float, good)), logprobs=logprobs)
+    return replace(row, mask=good, advantages=tuple(max(one, 0.0) / best for one in row.advantages), logprobs=logprobs)
 
 
 def _trainer(

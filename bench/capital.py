@@ -1,0 +1,288 @@
+"""The capital city agent, trained for real on the local model: `python -m bench.capital [--seeds 3] [--methods ...]`.
+
+Baseline, prompt only, SFT on gold answers, RFT and GRPO, on the same split into training, validation and held-out
+countries. Everything is chosen on validation; each held-out country is asked once, greedily, at the end.
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from collector.model import Episode, Step
+from examples.capital_city.grader import grade
+from optimize import credit
+from optimize.dataset import Task, load_tasks, split
+from optimize.rl.batcher import Batcher, Delta
+from optimize.rl.batcher import Row as Asked
+from optimize.rl.calls import Call
+from optimize.rl.chat import plain
+from optimize.rl.model import LanguageModel, use_threads
+from optimize.rl.rows import Report, Row, Rules, build
+from optimize.rl.sample import Sampling
+from optimize.rl.train import Trained, TrainSpec, train
+from optimize.summary import interval
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = ROOT / "examples" / "capital_city" / "tasks.jsonl"
+MODEL = ROOT / "data" / "models" / "gemma-3-270m"
+HELD_OUT, VALIDATION, LONGEST = 64, 26, 16
+AGENT = "You are a geography helper."
+BETTER = "Answer with the name of the capital city alone.\n\nQuestion: Capital of {one}?\nAnswer: {two}\nQuestion: Capital of {three}?\nAnswer: {four}"  # noqa: E501
+METHODS = ("baseline", "prompt", "sft", "rft", "grpo")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer to a task: ids, the policy's log-probabilities of them, text and reward."""
+
+    task: Task
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    reward: float
+
+
+class Model:
+    """The local model, answering many prompts at once, each as the engine would."""
+
+    def __init__(self, directory: Path, batch: int = 32) -> None:
+        self.language = LanguageModel.load(directory)
+        self._batch = batch
+
+    def answers(
+        self, tasks: Sequence[Task], *, temperature: float, count: int = 1, adapter: str | None = None,
+        system: str = AGENT, seed: int = 0,
+    ) -> list[Answer]:  # fmt: skip
+        """`count` answers to each task, in order."""
+        prompts = [tuple(self.language.tokenizer.encode(prompt(task, system))) for task in tasks for _ in range(count)]
+        found: list[list[Delta]] = [[] for _ in prompts]
+        left = [len(prompts)]
+        done = threading.Event()
+
+        def emitter(index: int) -> Any:
+            def emit(delta: Any) -> None:
+                if not isinstance(delta, Delta):
+                    raise RuntimeError(delta)
+                found[index].append(delta)
+                if delta.finish is not None:
+                    left[0] -= 1
+                    if not left[0]:
+                        done.set()
+
+            return emit
+
+        batcher = Batcher(self.language, max_batch=self._batch, max_waiting=len(prompts) + 1)
+        sampling = Sampling(LONGEST, temperature, 1.0, seed, ("\n",), 0)
+        batcher.start()
+        batcher.submit(
+            [Asked(ids, sampling, emitter(at), index=at, adapter=adapter, lead=True) for at, ids in enumerate(prompts)]
+        )
+        done.wait()
+        batcher.close()
+        return [_answer(tasks[at // count], prompts[at], deltas) for at, deltas in enumerate(found)]
+
+
+def _answer(task: Task, ids: tuple[int, ...], deltas: list[Delta]) -> Answer:
+    text = "".join(delta.text for delta in deltas).strip()
+    tokens = tuple(delta.picked.token for delta in deltas)
+    logprobs = tuple(float(delta.picked.logprob or 0.0) for delta in deltas)
+    return Answer(task, ids, tokens, logprobs, text, grade(task.data, text))
+
+
+def prompt(task: Task, system: str) -> str:
+    """What the engine makes of the agent's messages."""
+    question = f"Capital of {task.data['country']}?"
+    return plain([{"role": "system", "content": system}, {"role": "user", "content": question}])
+
+
+def rows_of(answers: Sequence[Answer], version: str, method: str) -> tuple[list[Row], Report]:
+    """Answers as logged episodes, credited and made to training rows by the product's own functions."""
+    episodes, calls, rewards = [], [], {}
+    for index, one in enumerate(answers):
+        name = f"e{index}"
+        messages = [{"role": "user", "content": one.task.id}]
+        judged = [{"name": "reward", "value": one.reward}]
+        step = Step(f"s{index}", 0, "agent", None, {}, messages, [], None, None, [])
+        episodes.append(Episode(name, [step], judged, one.reward))
+        calls.append(Call(f"s{index}", name, 0, version, True, one.prompt, one.ids, one.logprobs))
+        rewards[name] = one.reward
+    key = (lambda episode: "all") if method == "rft" else None
+    given = credit.assign(episodes, "leave_one_out", key=key)
+    return build(calls, {one.span_id: one.advantage for one in given}, Rules(), rewards)
+
+
+def gold_rows(model: Model, tasks: Sequence[Task]) -> list[Row]:
+    """The right answers as rows."""
+    rows = []
+    for index, task in enumerate(tasks):
+        expected = task.expected[0] if isinstance(task.expected, list) else task.expected
+        ids = tuple(model.language.tokenizer.encode(prompt(task, AGENT)))
+        answer = tuple(model.language.tokenizer.encode(f" {expected}\n", add_special_tokens=False))
+        size = len(answer)
+        rows.append(Row(f"e{index}", (f"s{index}",), "gold", ids, answer, (1,) * size, (1.0,) * size))
+    return rows
+
+
+def exact(answers: Sequence[Answer]) -> float:
+    """Share of exactly right answers."""
+    return float(np.mean([one.reward >= 1.0 for one in answers]))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a method learns here: found on validation countries of seed 0."""
+
+    spec: TrainSpec
+    rounds: int = 1
+    samples: int = 4
+
+
+SETTINGS = {
+    "sft": Setting(TrainSpec("sft", epochs=3, batch_size=8, learning_rate=2e-4)),
+    "rft": Setting(TrainSpec("rft", epochs=2, batch_size=16, learning_rate=2e-4), rounds=3),
+    "grpo": Setting(TrainSpec("grpo", epochs=1, batch_size=16, learning_rate=1e-4), rounds=3),
+}
+
+
+class Study:
+    """One seed: its split, its adapters."""
+
+    def __init__(self, model: Model, seed: int, home: Path, say: Any) -> None:
+        self.model, self.seed, self.home, self.say = model, seed, home, say
+        rest, self.held = split(load_tasks(TASKS), HELD_OUT, seed)
+        self.training, self.validation = split(rest, VALIDATION, seed)
+        self.seconds: dict[str, float] = {}
+
+    def run(self, method: str, setting: Setting | None = None) -> dict[str, Any]:
+        """The method's figures: exact answers on validation, and held out, greedy and at temperature 1."""
+        began = time.monotonic()
+        system, adapter, history = AGENT, None, []
+        if method == "prompt":
+            system = self.prompted()
+        elif method != "baseline":
+            adapter, history = self.learn(method, setting or SETTINGS[method])
+        ask = {"adapter": adapter, "system": system}
+        greedy = self.model.answers(self.held, temperature=0, **ask)
+        sampled = self.model.answers(self.held, temperature=1, seed=self.seed + 900, **ask)
+        return {
+            "greedy": [float(one.reward >= 1.0) for one in greedy],
+            "contains": float(np.mean([one.reward > 0 for one in greedy])),
+            "sampled": exact(sampled),
+            "history": history,
+            "seconds": time.monotonic() - began,
+        }
+
+    def prompted(self) -> str:
+        """The agent's prompt with two training examples in it."""
+        one, two = self.training[:2]
+        words = {"one": one.data["country"], "two": one.expected, "three": two.data["country"], "four": two.expected}
+        return BETTER.format(**{key: value[0] if isinstance(value, list) else value for key, value in words.items()})
+
+    def learn(self, method: str, setting: Setting) -> tuple[str | None, list[dict[str, Any]]]:
+        """Train round after round; the best version on validation, as its name, and what happened."""
+        best, best_name, parent, name = self._validate(None), None, None, None
+        history: list[dict[str, Any]] = [{"round": 0, "validation": best}]
+        for number in range(1, setting.rounds + 1):
+            began = time.monotonic()
+            rows, report, reward = self._rows(method, setting, number, name)
+            collected = time.monotonic()
+            made = self._train(method, setting, rows, number, parent)
+            if made.directory is None:
+                history.append({"round": number, "stopped": made.stopped})
+                break
+            parent, name = made.directory, f"{method}-{self.seed}-{number}"
+            self.model.language.adapters.load(name, parent)
+            trained = time.monotonic()
+            value = self._validate(name)
+            history.append(
+                {"round": number, "validation": value, "reward": reward, "rows": made.rows, "steps": made.steps,
+                 "curve": made.curves[-1], "collect_s": collected - began, "train_s": trained - collected,
+                 "validate_s": time.monotonic() - trained, **report.as_dict()}
+            )  # fmt: skip
+            self.say(f"seed {self.seed} {method} {json.dumps(history[-1])}")
+            if value >= best:
+                best, best_name = value, name
+        return best_name, history
+
+    def _rows(
+        self, method: str, setting: Setting, number: int, name: str | None
+    ) -> tuple[list[Row], Report, float | None]:
+        if method == "sft":
+            return gold_rows(self.model, self.training), Report(), None
+        seed = 1000 * self.seed + number
+        answers = self.model.answers(self.training, temperature=1, count=setting.samples, adapter=name, seed=seed)
+        rows, report = rows_of(answers, name or "base", method)
+        return rows, report, float(np.mean([one.reward for one in answers]))
+
+    def _train(self, method: str, setting: Setting, rows: list[Row], number: int, parent: Path | None) -> Trained:
+        folder = self.home / f"{method}-{self.seed}-{number}"
+        spec = replace(setting.spec, seed=self.seed)
+        return train(MODEL, rows, spec, folder, work=self.home / f"work-{folder.name}", parent=parent)
+
+    def _validate(self, name: str | None) -> float:
+        return exact(self.model.answers(self.validation, temperature=0, adapter=name))
+
+
+def measure(seeds: Sequence[int], methods: Sequence[str], say: Any) -> dict[str, list[dict[str, Any]]]:
+    """Method -> one entry a seed."""
+    use_threads()
+    model = Model(MODEL)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
+    with tempfile.TemporaryDirectory() as home:
+        for seed in seeds:
+            study = Study(model, seed, Path(home), say)
+            for name in methods:
+                entry = {"seed": seed, **study.run(name)}
+                found[name].append(entry)
+                say(f"seed {seed} {name}: {np.mean(entry['greedy']):.3f} exact, {entry['seconds']:.0f} s")
+    return found
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> Table:
+    """A line a method: mean over seeds with an interval over countries and seeds."""
+    shown = Table("method", "greedy exact", "95 %", "by seed", "T=1 exact", "contains", "seconds a seed")
+    for name, entries in found.items():
+        pooled = [value for entry in entries for value in entry["greedy"]]
+        low, high = interval(pooled)
+        means = [float(np.mean(entry["greedy"])) for entry in entries]
+        shown.add_row(
+            name,
+            f"{np.mean(means):.3f}",
+            f"{low:.3f} to {high:.3f}",
+            " ".join(f"{mean:.3f}" for mean in means),
+            f"{np.mean([entry['sampled'] for entry in entries]):.3f}",
+            f"{np.mean([entry['contains'] for entry in entries]):.3f}",
+            f"{np.mean([entry['seconds'] for entry in entries]):.0f}",
+        )
+    return shown
+
+
+def main() -> None:
+    """Measure, print, and keep the figures."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    console = Console()
+    seeds = range(asked.first, asked.first + asked.seeds)
+    found = measure(seeds, asked.methods.split(","), lambda line: console.print(line, highlight=False))
+    console.print(table(found))
+    if asked.out:
+        asked.out.write_text(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
