@@ -81,6 +81,20 @@ class KeyBody(Body):
     limits: dict[str, float | None] = Field(default_factory=dict)
 
 
+class ExportBody(Body):
+    """Which episodes to give out whole: those named, or those of the filters, newest first."""
+
+    limit: int = Field(default=100, ge=1, le=500)
+    cursor: str | None = None
+    episodes: list[Identifier] | None = Field(default=None, max_length=100_000)
+    slot: str | None = None
+    version: int | None = None
+    min_reward: float | None = None
+    max_reward: float | None = None
+    status: Literal["ok", "error"] | None = None
+    since_ns: int | None = Field(default=None, ge=0, lt=1 << 63)
+
+
 class QueryBody(Body):
     """One SELECT."""
 

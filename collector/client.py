@@ -123,6 +123,16 @@ class Client(Protocol):
         """The calls of one episode as an OTLP/JSON export. Raises NotFound."""
         ...
 
+    def export(self, limit: int = 100, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
+        """{"episodes": [{"episode_id", "reward", "spans", "echoes", "rewards"}], "next"}: all rows, newest first.
+
+        Filters: episodes (ids), slot, version, min_reward, max_reward, status, since_ns."""
+        ...
+
+    def import_rows(self, spans: Sequence[Mapping[str, Any]], rewards: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+        """Store rows of another store, in its columns: {"spans", "rewards"} added, {"known"} were there."""
+        ...
+
     def deployments(self, slot: str) -> list[dict[str, Any]]:
         """The audit log of a slot, ascending. Raises NotFound."""
         ...
@@ -290,7 +300,16 @@ class Remote:
 
     def episode_otlp(self, episode_id: str) -> dict[str, Any]:
         """See Client."""
-        return _dict(self._ask("GET", "api", "episodes", episode_id, "otlp"))
+        return as_dict(self._ask("GET", "api", "episodes", episode_id, "otlp"))
+
+    def export(self, limit: int = 100, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
+        """See Client."""
+        given = {name: value for name, value in filters.items() if value is not None}
+        return as_dict(self._ask("POST", "api", "export", body={"limit": limit, "cursor": cursor, **given}))
+
+    def import_rows(self, spans: Sequence[Mapping[str, Any]], rewards: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+        """See Client."""
+        return as_dict(self._ask("POST", "api", "import", body={"spans": list(spans), "rewards": list(rewards)}))
 
     def deployments(self, slot: str) -> list[dict[str, Any]]:
         """See Client."""
@@ -464,6 +483,16 @@ class Local:
     def episode_otlp(self, episode_id: str) -> dict[str, Any]:
         """See Client."""
         return self._read(lambda collector: collector.episode_otlp(episode_id))
+
+    def export(self, limit: int = 100, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
+        """See Client."""
+        given = {name: value for name, value in filters.items() if value is not None}
+        asked = bodies.check(bodies.ExportBody, {"limit": limit, "cursor": cursor, **given})
+        return self._read(lambda collector: collector.export(asked))
+
+    def import_rows(self, spans: Sequence[Mapping[str, Any]], rewards: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+        """See Client."""
+        return self.collector.import_rows({"spans": list(spans), "rewards": list(rewards)})
 
     def deployments(self, slot: str) -> list[dict[str, Any]]:
         """See Client."""

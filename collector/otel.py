@@ -63,7 +63,7 @@ def attributes(row: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: row[column] for column, name in ATTRIBUTES.items() if row.get(column) is not None}
     for column in ("input_messages", "output_messages"):
         if row.get(column) is not None:
-            found[ATTRIBUTES[column]] = _messages(row[column])
+            found[ATTRIBUTES[column]] = messages(row[column])
     found |= {name: row[column] for column, name in _OBSERVED.items() if row.get(column) is not None}
     if row.get("operation") in _CHATS:
         found |= {"gen_ai.operation.name": "chat", "ratchet.operation": row["operation"]}
@@ -87,13 +87,13 @@ def _own(text: str | None) -> dict[str, Any]:
     return found | ({"ratchet.attributes": orjson.dumps(ours).decode()} if ours else {})
 
 
-def _messages(text: str) -> str:
+def messages(text: str) -> str:
     """OpenAI's messages as messages of parts; as they are where they would not come back the same."""
-    messages = parsed(text)
-    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+    held = parsed(text)
+    if not isinstance(held, list) or not all(isinstance(one, dict) for one in held):
         return text
-    made = orjson.dumps([to_parts(one) for one in messages]).decode()
-    return made if of_parts(made) == messages else text
+    made = orjson.dumps([to_parts(one) for one in held]).decode()
+    return made if of_parts(made) == held else text
 
 
 def name(row: Mapping[str, Any]) -> str:
@@ -116,7 +116,7 @@ def span(row: Mapping[str, Any]) -> dict[str, Any]:
         "kind": 3 if row.get("operation", "chat") in CALLS else 1,  # CLIENT, INTERNAL
         "startTimeUnixNano": str(row["start_ns"]),
         "endTimeUnixNano": str(row["end_ns"]),
-        "attributes": [{"key": key, "value": _value(value)} for key, value in attributes(row).items()],
+        "attributes": [{"key": key, "value": value(held)} for key, held in attributes(row).items()],
         "status": {"code": 2, "message": row.get("error_type") or ""} if failed else {"code": 1},
     }
 
@@ -128,17 +128,18 @@ def request(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"resourceSpans": [{"resource": resource, "scopeSpans": [scope]}]}
 
 
-def _value(value: Any) -> dict[str, Any]:
+def value(given: Any) -> dict[str, Any]:
+    """An AnyValue in OTLP's JSON."""
     for kind, encode in _ENCODERS:
-        if isinstance(value, kind):
-            return encode(value)
-    return {"stringValue": orjson.dumps(value).decode()}
+        if isinstance(given, kind):
+            return encode(given)
+    return {"stringValue": orjson.dumps(given).decode()}
 
 
 _ENCODERS: tuple[tuple[type, Callable[[Any], dict[str, Any]]], ...] = (
-    (bool, lambda value: {"boolValue": value}),
-    (int, lambda value: {"intValue": str(value)}),
-    (float, lambda value: {"doubleValue": value}),
-    (str, lambda value: {"stringValue": value}),
-    (list, lambda value: {"arrayValue": {"values": [_value(item) for item in value]}}),
+    (bool, lambda given: {"boolValue": given}),
+    (int, lambda given: {"intValue": str(given)}),
+    (float, lambda given: {"doubleValue": given}),
+    (str, lambda given: {"stringValue": given}),
+    (list, lambda given: {"arrayValue": {"values": [value(item) for item in given]}}),
 )

@@ -89,7 +89,7 @@ class Observed(Exchange):
 
 def rows(spans: Iterable[Span], *, emails: bool = False) -> list[Observed]:
     """The rows of spans, secrets masked."""
-    return [_masked(row(span), emails) for span in spans]
+    return [masked(row(span), emails) for span in spans]
 
 
 def row(span: Span) -> Observed:
@@ -266,7 +266,8 @@ def _short(value: Any) -> str | None:
     return str(value)[:_LONGEST_NAME] if value not in (None, "") else None
 
 
-def _masked(made: Observed, emails: bool) -> Observed:
+def masked(made: Observed, emails: bool) -> Observed:
+    """The row with its secrets masked, in names too."""
     named: dict[str, Any] = {
         name: redact.text(value, emails)[0]
         for name in ("name", "agent_name", "tool_name", "error_type", "request_model")

@@ -173,6 +173,11 @@ def _to_ns(moment: datetime, where: str) -> int:
     return nanoseconds
 
 
+def masked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A reward's row with the secrets of its texts masked."""
+    return {**row, "label": _masked(row.get("label")), "explanation": _masked(row.get("explanation"))}
+
+
 def _masked(value: str | None) -> str | None:
     return None if value is None else redact.text(value)[0]
 

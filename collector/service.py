@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict
@@ -18,11 +18,26 @@ from typing import Any
 
 import orjson
 
-from collector import adapters, bodies, engines, episodes, journal, keys, otel, redact, registry, results, rewards
+from collector import (
+    adapters,
+    bodies,
+    engines,
+    episodes,
+    journal,
+    keys,
+    otel,
+    redact,
+    registry,
+    results,
+    rewards,
+    transfer,
+)
 from collector import discover as discovery
 from collector.errors import BadInput, Conflict, NotFound, Unavailable
+from collector.keeper import Keeper
 from collector.loader import Loader
 from collector.model import Version
+from collector.readers import Readers
 from collector.settings import Settings
 from collector.store import Store
 
@@ -425,7 +440,19 @@ class Collector:
         _await([self.journal.append_durable(event, fields) for event, fields in lines])
         return len(parsed)
 
+    def write(self, lines: Sequence[tuple[str, Any]]) -> None:
+        """Journal events that are checked already; returns once they are on disk. Raises Unavailable."""
+        _await([self.journal.append_durable(event, fields) for event, fields in lines])
+
+    def import_rows(self, body: Any) -> dict[str, int]:
+        """Rows of another store, those that are new: {"spans", "rewards", "known"}. Raises BadInput, Unavailable."""
+        return transfer.accept(self, body)
+
     # Reading
+
+    def export(self, asked: bodies.ExportBody) -> dict[str, Any]:
+        """Whole episodes: {"episodes": [{"episode_id", "reward", "spans", "echoes", "rewards"}], "next"}."""
+        return transfer.page(self, asked)
 
     def episodes(self, limit: int = 50, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
         """{"episodes": [...], "next"}, newest first. Filters: slot, version, min_reward, max_reward, status."""

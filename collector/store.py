@@ -9,13 +9,15 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
+import pyarrow as pa
 
-from collector import archive, fold, pages, results
+from collector import archive, fold, pages, paging, results
 from collector.errors import Conflict, QueryError, Unavailable
 from collector.inserts import Segment, insert
 from collector.readonly import one_select
@@ -29,6 +31,7 @@ _FATAL = (duckdb.FatalException, duckdb.InternalException)
 _FOLD_LINES = 20_000
 _LATEST_NS = (1 << 63) - 1
 
+R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 # Which batch brought a row, and to which day of the journal it was added, is no part of its content.
@@ -387,6 +390,11 @@ class Store:
         with self._snapshot() as cursor:
             found = {name: cursor.execute(statement).fetchall()[0] for name, statement in _COUNTS.items()}
         return {name: (count, int(digest or 0)) for name, (count, digest) in found.items()}
+
+    def reading(self, ask: Callable[[pages.Rows], R]) -> R:
+        """What `ask` reads by several statements, all of one state of the store."""
+        with self._snapshot() as cursor:
+            return ask(_reader(cursor))
 
     def _rows(self, statement: str, where: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         with self._snapshot() as cursor:
