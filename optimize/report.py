@@ -2,13 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
+from typing import Protocol
 
-from optimize.gate import Verdict
+from optimize.gate import Comparison, Verdict
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --dim: #656d76; --line: #d0d7de; --paper: #fff; --soft: #f6f8fa;
@@ -49,6 +50,24 @@ class PartRow:
     effect: float
     sd: float
     chosen: bool
+    reason: str = ""
+
+
+class Tried(Protocol):
+    """A whole prompt that was tried: what `optimize.apo.engine.Candidate` says of it."""
+
+    @property
+    def id(self) -> str: ...  # noqa: D102
+    @property
+    def parent(self) -> str | None: ...  # noqa: D102
+    @property
+    def template(self) -> str: ...  # noqa: D102
+    @property
+    def score(self) -> float | None: ...  # noqa: D102
+    @property
+    def rollouts(self) -> int: ...  # noqa: D102
+    @property
+    def reason(self) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +98,9 @@ class PromptReport:
     parts: Sequence[PartRow] = ()
     pairs: Sequence[Pair] = ()
     rejected: Sequence[tuple[str, str]] = field(default_factory=tuple)  # (text, reason) refused by the guards
+    candidates: Sequence[Tried] = ()
+    costs: Mapping[str, Comparison] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def write(report: PromptReport, path: Path) -> Path:
@@ -90,8 +112,8 @@ def write(report: PromptReport, path: Path) -> Path:
 
 def page(report: PromptReport) -> str:
     """The whole document."""
-    sections = [_head(report), _evidence(report), _prompts(report), _search(report), _parts(report), _tasks(report)]
-    sections.append(_rejected(report))
+    sections = [_head(report), _evidence(report), _costs(report), _prompts(report), _search(report), _lineage(report)]
+    sections += [_parts(report), _tasks(report), _rejected(report)]
     title = f"Ratchet: {escape(report.slot)}"
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     return (
@@ -107,7 +129,7 @@ def _head(report: PromptReport) -> str:
         f'<h1>{escape(report.slot)} <span class="badge {escape(decision)}">{escape(decision)}</span></h1>'
         f"<p>{escape(report.outcome)}</p>"
         f'<p class="dim">{escape(report.job_id)} · {when} · {report.rollouts} rollouts{calls}, '
-        f"{report.seconds:.0f} s</p>"
+        f"{report.seconds:.0f} s</p>" + "".join(f'<p class="dim">{escape(note)}</p>' for note in report.notes)
     )
 
 
@@ -145,6 +167,44 @@ def _interval(low: float, middle: float, high: float) -> str:
         f'<circle cx="{x(middle):.1f}" cy="22" r="6" fill="{colour}"/>'
         f'<text x="{x(0):.1f}" y="54" text-anchor="middle">no difference</text></svg>'
     )
+
+
+def _costs(report: PromptReport) -> str:
+    if not report.costs:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td>{_cells([f'{one.ratio:.2f}', f'{one.low:.2f} to {one.high:.2f}'])}"
+        f"<td>{ {'held': 'within', 'worse': 'above', 'open': 'not clear of'}[one.verdict] } {one.limit:g}</td></tr>"
+        for name, one in report.costs.items()
+    )
+    header = '<tr><th></th><th class="n">times the old prompt</th><th class="n">interval</th><th>limit</th></tr>'
+    return f"<h2>What it costs</h2><table>{header}{rows}</table>"
+
+
+def _lineage(report: PromptReport) -> str:
+    """The prompts as a tree, each under the one that it was made from."""
+    if len(report.candidates) < 2:
+        return ""
+    children: dict[str | None, list[Tried]] = {}
+    known = {one.id for one in report.candidates}
+    for one in report.candidates:
+        children.setdefault(one.parent if one.parent in known else None, []).append(one)
+    return f"<h2>Lineage</h2>{_branch(children, None, set())}"
+
+
+def _branch(children: Mapping[str | None, Sequence[Tried]], parent: str | None, above: set[str]) -> str:
+    items = [
+        f"<li><details><summary>{escape(one.id)} {_scored(one)}: {escape(one.reason)}</summary>"
+        f"<pre>{escape(one.template)}</pre></details>{_branch(children, one.id, {*above, one.id})}</li>"
+        for one in children.get(parent, ())
+        if one.id not in above
+    ]
+    return f"<ul>{''.join(items)}</ul>" if items else ""
+
+
+def _scored(one: Tried) -> str:
+    score = "" if one.score is None else f"{one.score:.2f}"
+    return score + (f" on {one.rollouts} rollouts" if one.rollouts else "")
 
 
 def _prompts(report: PromptReport) -> str:
@@ -197,10 +257,11 @@ def _parts(report: PromptReport) -> str:
         return ""
     rows = (
         f"<tr><td>{'✓' if part.chosen else ''}</td><td>{escape(part.text)}</td><td>{escape(part.kind)}</td>"
-        f'<td>{escape(part.source)}</td><td class="n">{part.effect:+.3f} ± {part.sd:.3f}</td></tr>'
+        f'<td>{escape(part.source)}</td><td class="n">{part.effect:+.3f} ± {part.sd:.3f}</td>'
+        f"<td>{escape(part.reason)}</td></tr>"
         for part in sorted(report.parts, key=lambda part: -part.effect)
     )
-    header = '<tr><th>in</th><th>part</th><th>kind</th><th>from</th><th class="n">effect</th></tr>'
+    header = '<tr><th>in</th><th>part</th><th>kind</th><th>from</th><th class="n">effect</th><th>why</th></tr>'
     return f"<h2>What was tried</h2><table>{header}{''.join(rows)}</table>"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from collector.client import Client
 from collector.errors import BadInput, NotFound, RatchetError, Unavailable
 from collector.settings import Settings
+from optimize.apo.costs import compare, within
 from optimize.apo.editor import LLMEditor
 from optimize.apo.engine import Engine, Problem, Progress, Row, SearchResult
 from optimize.apo.origin import Origin
@@ -196,8 +197,10 @@ class _Work:
                 min_samples=self.settings.gate.min_samples,
                 seed=self.spec.seed,
             )
+        costs = compare(pairs, self.settings.gate)
+        gate = within(gate, costs, self.settings.gate) if gate else None
         result = await self._decided(origin, found, gate, pairs)
-        result = replace(result, seconds=time.monotonic() - began)
+        result = replace(result, seconds=time.monotonic() - began, costs=costs, used=self.budget.used)
         path = await asyncio.to_thread(write_report, result, self.data_dir / "reports")
         return replace(result, report=path)
 

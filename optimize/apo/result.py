@@ -1,15 +1,17 @@
 """What a prompt search came to: as an object, as JSON, as a report page."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
 
-from optimize.apo.engine import SearchResult
+from optimize.apo.engine import Candidate, PartReport, SearchResult
 from optimize.evaluation import Outcome
-from optimize.gate import Verdict
+from optimize.gate import Comparison, Verdict
+
+CLEAR = 0.9  # P(a part helps) from which its gain is called clear
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class ApoResult:
     seconds: float
     report: Path | None = None
     notes: tuple[str, ...] = ()
+    costs: Mapping[str, Comparison] = field(default_factory=dict)
+    used: Mapping[str, float] = field(default_factory=dict)  # tokens, usd, seconds: rollouts and the optimizer's calls
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json` and the job's result."""
@@ -87,6 +91,8 @@ class ApoResult:
             "seed_template": self.seed_template,
             "best_template": self.best_template,
             "notes": list(self.notes),
+            "costs": {name: asdict(one) for name, one in self.costs.items()},
+            "used": {name: round(value, 6) for name, value in self.used.items()},
             "search": {
                 "stop": self.search.stop,
                 "reason": self.search.reason,
@@ -114,7 +120,8 @@ def write_report(result: ApoResult, folder: Path) -> Path:
     before = search.value - search.gain
     points = [Point(rollouts, before + gain, _sd(gain, p, search.gain_sd)) for rollouts, gain, p in search.history]
     parts = [
-        PartRow(row.part.text, row.part.kind, row.part.source, row.mean, row.sd, row.chosen) for row in search.parts
+        PartRow(row.part.text, row.part.kind, row.part.source, row.mean, row.sd, row.chosen, why(row))
+        for row in search.parts
     ]
     page = PromptReport(
         slot=result.slot,
@@ -130,6 +137,9 @@ def write_report(result: ApoResult, folder: Path) -> Path:
         parts=parts,
         pairs=[Pair(p.task_id, p.before, p.after, p.answer_before, p.answer_after) for p in result.pairs],
         rejected=search.rejected,
+        candidates=search.candidates or lineage(search),
+        costs=result.costs,
+        notes=result.notes,
     )
     path = write(page, folder / f"{result.job_id}.html")
     path.with_suffix(".json").write_text(json.dumps({**result.as_dict(), "report": str(path)}, indent=2) + "\n")
@@ -140,3 +150,29 @@ def _sd(gain: float, p_gain: float, otherwise: float) -> float:
     """The standard deviation that goes with a normal belief's mean and its probability of being above 0."""
     z = NormalDist().inv_cdf(min(max(p_gain, 1e-12), 1 - 1e-12))
     return gain / z if gain * z > 0 else otherwise
+
+
+def why(row: PartReport) -> str:
+    """Why a part is in the best prompt, or not, in words."""
+    if row.chosen:
+        return "in the best prompt"
+    if row.rollouts == 0:
+        return "was not tried"
+    if row.mean <= 0:
+        return "no gain was seen"
+    return "its gain is not clear" if row.p_helps < CLEAR else "the best prompt does without it"
+
+
+def lineage(search: SearchResult) -> tuple[Candidate, ...]:
+    """The seed, the rewrites that grew out of it, and the best prompt, for searches that think in parts."""
+    seed = Candidate("seed", None, search.seed_template, None, 0, "the prompt in force")
+    rewrites = [row for row in search.parts if row.part.kind == "rewrite"]
+    grown = [
+        Candidate(row.part.id, row.part.parent or "seed", row.part.text, None, row.rollouts, why(row))
+        for row in rewrites
+    ]
+    if not search.changed:
+        return (seed, *grown)
+    base = next((part.id for part in search.best_parts if part.kind == "rewrite"), "seed")
+    best = Candidate("best", base, search.best_template, search.value, 0, "best of the search")
+    return (seed, *grown, best)

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from optimize.gate import decide
+from optimize.apo.engine import Candidate
+from optimize.gate import decide, non_inferiority
 from optimize.report import Pair, PartRow, Point, PromptReport, diff, page, write
 
 BEFORE = [0.0, 0.0, 1.0, 0.0, 0.3, 0.0, 0.0, 0.3, 0.0, 0.0, 0.0, 0.0]
@@ -66,3 +67,25 @@ def test_the_diff_marks_only_what_changed() -> None:
 def test_writing_makes_the_folder(tmp_path: Path) -> None:
     path = write(report(), tmp_path / "reports" / "job-1.html")
     assert path.read_text().startswith("<!doctype html>")
+
+
+def test_the_lineage_is_a_tree_with_every_prompt_its_score_and_its_reason() -> None:
+    tried = [
+        Candidate("a1", None, "Seed.", 0.25, 20, "left the beam"),
+        Candidate("b2", "a1", "Seed. <More>.", 0.75, 20, "best of the search"),
+        Candidate("c3", "b2", "Third.", None, 0, "was not tried: the search ended"),
+    ]
+    text = page(report(candidates=tried))
+    tree = text[text.index("<h2>Lineage") :]
+    assert tree.index("a1") < tree.index("b2") < tree.index("c3")
+    assert tree.count("<ul>") >= 3
+    for said in ("0.25 on 20 rollouts", "best of the search", "was not tried", "&lt;More&gt;"):
+        assert said in tree
+
+
+def test_costs_are_told_with_their_interval_and_limit() -> None:
+    costs = {"cost": non_inferiority([1.0, 2.0, 3.0, 2.0], [2.0, 4.0, 6.0, 4.0], limit=1.5)}
+    text = page(report(costs=costs, notes=["a note <of> ours"]))
+    assert "2.00 to 2.00" in text
+    assert "above 1.5" in text
+    assert "a note &lt;of&gt; ours" in text
