@@ -30,6 +30,16 @@ class Forbidden(RatchetError):
     code = "host_not_allowed"
 
 
+class TooSlow(RatchetError):
+    """408: the request did not arrive in time."""
+
+    status = 408
+    code = "request_timeout"
+
+    def __init__(self) -> None:
+        super().__init__("the request came too slowly (server.slow_client_timeout)")
+
+
 class TooLarge(RatchetError):
     """413: the body, packed or unpacked, is over the limit. `unread`: the client may still be sending it."""
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 import orjson
 
 from collector.errors import RatchetError
-from proxy import attempts, capture, errors, inject, limits, metrics, sse, translate
+from proxy import attempts, capture, depth, errors, inject, limits, metrics, sse, translate
 from proxy.auth import Guard
 from proxy.cache import Cache, Keeper, Kept, key_of
 from proxy.dialects.base import Dialect, Summary
@@ -17,6 +17,7 @@ from proxy.errors import Broken, ClientGone, Header, UpstreamTimeout
 from proxy.identity import identify
 from proxy.joining import Running, is_retry
 from proxy.options import Options
+from proxy.packing import unpack
 from proxy.prepare import Body, Prompts, parse
 from proxy.record import Call, Recorder
 from proxy.server import CONNECTION, Cycle
@@ -241,8 +242,9 @@ class Relay:
         self, scope: Any, given: list[Header], headers: dict[bytes, bytes], raw: bytes, call: Call
     ) -> Request:
         encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
-        plain = limits.unpack(raw, encoding, self._limit) if encoding not in ("identity", "") else None
+        plain = unpack(raw, encoding, self._limit) if encoding not in ("identity", "") else None
         body = Body(raw if plain is None else plain)
+        depth.check(body.raw, body.parsed)
         if body.parsed is not None:
             call.body = body.parsed
             call.reading = call.dialect.read(body.parsed)

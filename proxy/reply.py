@@ -4,9 +4,11 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable
 
+from collector.errors import RatchetError
 from proxy.errors import Header, UpstreamError, UpstreamTimeout
 from proxy.http1_errors import ReadTimeout, TransportError
 from proxy.http1_response import Response
+from proxy.packing import unpack
 
 # What belongs to one hop only.
 HOP = frozenset((b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection",
@@ -15,6 +17,7 @@ HOP = frozenset((b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-au
 
 _NAMES: dict[bytes, bytes | None] = {}  # names as upstreams spell them -> in lower case; None: not passed on
 _MOST_NAMES = 1024
+_MOST = 64 << 20  # bytes of a packed answer that are unpacked for the record
 
 
 def _learn(raw: bytes) -> bytes | None:
@@ -104,11 +107,14 @@ def decoded(body: bytes, encoding: str) -> bytes | None:
     """Upstreams are asked not to compress; for one that does anyway, the record reads a copy."""
     if encoding in ("identity", ""):
         return body
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        return None
+    if encoding in ("gzip", "x-gzip"):  # also of one that was cut: what there is counts
+        try:
+            return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, _MOST)
+        except zlib.error:
+            return None
     try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body)
-    except zlib.error:
+        return unpack(body, encoding, _MOST)
+    except RatchetError:
         return None
 
 

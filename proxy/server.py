@@ -15,11 +15,14 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from collector.errors import RatchetError
 from proxy import errors
-from proxy.errors import BadRequest
+from proxy.errors import BadRequest, HeadersTooLarge, TooSlow
+from proxy.limits import MAX_HEADER_BYTES
+from proxy.patience import Reading
 
 log = logging.getLogger(__name__)
 
 CONNECTION = "ratchet.connection"  # the ASGI extension under which an application finds its Cycle
+_HEAD = MAX_HEADER_BYTES + (64 << 10)  # bytes of a head that isn't whole yet; the application counts the rest
 JOIN = 64 << 10  # bytes; more than that is written at once
 
 
@@ -27,6 +30,7 @@ class Cycle(RequestResponseCycle):
     """One request and its answer. `on_gone`, where set, is called when the client leaves before the answer is whole."""
 
     on_gone: Callable[[], None] | None = None
+    _slow = False
 
     def __init__(self, loop: asyncio.AbstractEventLoop, **given: Any) -> None:
         super().__init__(**given)
@@ -39,6 +43,19 @@ class Cycle(RequestResponseCycle):
         self._waiting.clear()
         if self.on_gone is not None and not self.response_complete:
             self.on_gone()
+
+    def give_up(self) -> None:
+        """The rest of the body is not waited for: reading it raises TooSlow."""
+        self._slow = True
+        self.keep_alive = False
+        self.message_event.set()
+
+    async def receive(self) -> Any:
+        """ASGI's receive. Raises TooSlow for a body that takes too long to come."""
+        message = await super().receive()
+        if self._slow:
+            raise TooSlow
+        return message
 
     async def run_asgi(self, app: Any) -> None:
         """Runs the application. An answer that it leaves unfinished ends unclean: the connection is closed."""
@@ -138,15 +155,46 @@ class Protocol(HttpToolsProtocol):
 
     _idle_since = 0.0
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn narrows it
+        """asyncio's word for: somebody is there."""
+        super().connection_made(transport)
+        self._reading = Reading(self.loop.time())
+
     def data_received(self, data: bytes) -> None:
         """asyncio's word for: bytes have come."""
         self._idle_since = self.loop.time()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
-            self._refuse()
+            self._refuse(BadRequest("this is no HTTP/1.1 request", code="malformed_request"))
         except httptools.HttpParserUpgrade:
             log.debug("an upgrade was asked for")
+        self._reading.got += len(data)
+        if self._reading.head and self._reading.got > _HEAD:
+            self._refuse(HeadersTooLarge(f"the head is larger than {_HEAD} bytes"))
+
+    def check_pace(self, now: float, patience: float) -> None:
+        """Ends a request that takes too long to come; called now and then."""
+        if not self._reading.late(now, patience):
+            return
+        busy = self.cycle is not None and not self.cycle.response_complete
+        if self._reading.head and not busy and self._reading.got:
+            self._refuse(TooSlow())
+        elif self._reading.head and not busy:
+            self.transport.close()
+        elif not self._reading.head and busy:
+            cast(Cycle, self.cycle).give_up()
+
+    def on_message_begin(self) -> None:
+        """Parser: the first byte of a request."""
+        super().on_message_begin()
+        self._reading.begin(self.loop.time())
+
+    def on_message_complete(self) -> None:
+        """Parser: the last byte of a request."""
+        super().on_message_complete()
+        self._reading.since = None
+        self._reading.head = False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio's word for: it has ended. Ends the call that runs."""
@@ -157,6 +205,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Parser: the head is whole. Starts the application, or queues it behind a pipelined request's."""
+        self._reading.head = False
         parser, scope = self.parser, self.scope
         version = parser.get_http_version()
         if version != "1.1":
@@ -217,11 +266,11 @@ class Protocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    def _refuse(self) -> None:
-        """What came is no HTTP. Where an answer has begun there is no place for another: the connection just ends."""
+    def _refuse(self, error: RatchetError) -> None:
+        """What came can't be served. Where an answer has begun there is no place for another: the connection ends."""
         cycle = self.cycle
         if not self.pipeline and (cycle is None or cycle.response_complete or not cycle.response_started):
-            status, headers, body = errors.reply(BadRequest("this is no HTTP/1.1 request", code="malformed_request"))
+            status, headers, body = errors.reply(error)
             lines = [STATUS_LINE[status][:-2], *map(b": ".join, headers), b"connection: close"]
             self.transport.write(b"\r\n".join([*lines, b"", body]))
         self.transport.close()

@@ -9,14 +9,15 @@ from typing import Any
 
 import orjson
 
+from collector import redact
+from proxy import orders
 from proxy.dialects.base import Json
 from proxy.errors import BadRequest, Header, UpstreamError, UpstreamTimeout
 from proxy.prepare import parse
 from proxy.upstream import Request
 
 log = logging.getLogger(__name__)
-# What a client may ask for. Everything else in a body stays out: LiteLLM would take `api_base` or `extra_headers` as
-# orders, and send the configured key wherever a client likes.
+# What a client may ask for. Everything else in a body stays out.
 _COMMON = frozenset(("temperature", "top_p", "n", "stream", "stream_options", "stop", "max_tokens", "presence_penalty",
                      "frequency_penalty", "logit_bias", "user", "seed", "logprobs"))  # fmt: skip
 _CHAT = _COMMON | {"messages", "max_completion_tokens", "response_format", "tools", "tool_choice", "functions",
@@ -43,13 +44,16 @@ class Translated:
     encoding = "identity"
     length: int | None = 0  # it is all there
 
-    def __init__(self, status: int, headers: list[Header], body: bytes = b"", source: Any = None) -> None:
+    def __init__(
+        self, status: int, headers: list[Header], body: bytes = b"", source: Any = None, first: Any = None
+    ) -> None:
         self.status = status
         self.headers = headers
         self.stream = source is not None
         self.cost_usd: float | None = None
         self._body = body
         self._source = source
+        self._first = first  # of the stream's chunks, taken from the source already
 
     async def read(self) -> bytes:
         """The whole body."""
@@ -61,8 +65,10 @@ class Translated:
             yield self._body
             return
         try:
+            if self._first is not None:
+                yield self._event(self._first)
             async for chunk in self._source:
-                yield b"data: " + orjson.dumps(self._chunk(chunk.model_dump())) + b"\n\n"
+                yield self._event(chunk)
         except Exception as error:
             if not _is_provider_error(error):
                 raise
@@ -72,6 +78,9 @@ class Translated:
     def decoded(self, body: bytes) -> bytes:
         """It is readable as it is."""
         return body
+
+    def _event(self, chunk: Any) -> bytes:
+        return b"data: " + orjson.dumps(self._chunk(chunk.model_dump())) + b"\n\n"
 
     def _chunk(self, raw: Json) -> Json:
         """A chunk as OpenAI would send it: the one that tells the usage has no choices."""
@@ -107,24 +116,36 @@ async def send(request: Request, operation: str) -> Translated:
     body = parse(request.body)
     if body is None:
         raise BadRequest("the body must be a JSON object")
+    orders.refuse(body)
     litellm = await _library()
     name, allowed = _CALLS[operation]
     given: Json = {key: value for key, value in body.items() if key in allowed}
     # The client's own retries and the proxy's are enough; a third layer would bill a call again.
     params = {"num_retries": 0, "max_retries": 0, **given, **(request.target.params or {})}
-    request.attempts = 1
+    request.attempts += 1
     try:
         answer = await getattr(litellm, name)(**params)
+        first = await _first(answer) if given.get("stream") is True else None
     except Exception as error:
         if not _is_provider_error(error):
             raise
         return _failed(error)
     if given.get("stream") is True:
-        return Translated(200, _SSE, source=answer)
+        return Translated(200, _SSE, source=answer, first=first)
     translated = Translated(200, _JSON, _dump(answer))
     cost = getattr(answer, "_hidden_params", {}).get("response_cost")
     translated.cost_usd = float(cost) if isinstance(cost, int | float) else None
     return translated
+
+
+async def _first(source: Any) -> Any:
+    """The first chunk of a stream, None where it has none. Some providers are asked only now, and an error of theirs
+    must still become an answer with its status."""
+    try:
+        return await anext(aiter(source), None)
+    except BaseException:
+        Translated(200, [], source=source).close()
+        raise
 
 
 async def _library() -> Any:
@@ -163,7 +184,7 @@ def _is_provider_error(error: BaseException) -> bool:
 def _failed(error: Any) -> Translated:
     status = error.status_code if 400 <= error.status_code < 600 else 502
     kind = _KINDS.get(status, "api_error")
-    message = str(getattr(error, "message", "") or error)
+    message, _ = redact.text(str(getattr(error, "message", "") or error))
     body = orjson.dumps(
         {"error": {"message": message, "type": kind, "param": None, "code": getattr(error, "code", None)}}
     )
@@ -173,4 +194,5 @@ def _failed(error: Any) -> Translated:
 
 def _as_ratchet(error: Any) -> UpstreamError:
     kind = UpstreamTimeout if error.status_code in (408, 504) else UpstreamError
-    return kind(str(getattr(error, "message", "") or error), code=_KINDS.get(error.status_code, "upstream_broken"))
+    message, _ = redact.text(str(getattr(error, "message", "") or error))
+    return kind(message, code=_KINDS.get(error.status_code, "upstream_broken"))

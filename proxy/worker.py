@@ -26,6 +26,7 @@ from collector.errors import RatchetError
 from collector.journal import FOLDER, Journal
 from collector.lifeline import follow
 from collector.settings import Settings
+from proxy.patience import patrol
 
 if TYPE_CHECKING:
     from collector.prices import Prices
@@ -71,12 +72,21 @@ def read_spec(raw: bytes) -> Spec:
 
 
 class Server(uvicorn.Server):
-    """uvicorn whose end is asked for by `drain` or `abandon`, not by signal handlers of its own."""
+    """uvicorn whose end is asked for by `drain` or `abandon`, not by signal handlers of its own. `patience`: seconds
+    for a request to arrive."""
+
+    patience = 30.0
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave the signals to the worker: uvicorn would raise them again before the journal is sealed."""
         yield
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn's word for: a tenth of a second has passed. Looks for slow clients each second."""
+        if counter % 10 == 0:
+            patrol(self.server_state.connections, asyncio.get_running_loop().time(), self.patience)
+        return await super().on_tick(counter)
 
     def drain(self) -> None:
         """Take no more connections, let running calls end."""
@@ -115,6 +125,7 @@ async def serve(spec: Spec, ready: Any) -> None:
         meter = _mapped(lambda folder: Meter(folder / "limits.tab", spec.index), data_dir, spec.runtime)
         app = App(settings, journal, versions, upstream, table, cold(context), meter, prices)
         server = Server(_config(app, context))
+        server.patience = settings.server.slow_client_timeout
         _obey(server, context, spec.alive_fd, spec.runtime)
         await _first_deployments(versions, server, PATIENCE[spec.first])
         watching = asyncio.create_task(versions.watch())

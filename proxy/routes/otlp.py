@@ -16,6 +16,7 @@ from collector.errors import RatchetError, Unavailable
 from collector.intake import Rights, Taken, take
 from proxy import limits, metrics
 from proxy.errors import BadRequest, Forbidden
+from proxy.packing import unpack
 from proxy.routes.base import Context, Endpoint, headers_of
 
 MAX_WAITING_BYTES = 64 << 20
@@ -70,7 +71,7 @@ class Intake:
         encoding = _text(headers, b"content-encoding").lower()
         if encoding in ("", "identity"):
             return body
-        whole = limits.unpack(body, encoding, most)
+        whole = unpack(body, encoding, most)
         if whole is None:
             raise BadRequest(f"content-encoding: {encoding[:40]} isn't known here; use gzip", param="content-encoding")
         return whole

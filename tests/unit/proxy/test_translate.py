@@ -142,13 +142,35 @@ def test_an_error_of_the_provider_is_an_openai_error_with_its_status(
     assert (span["status"], span["error_type"], span["http_status"]) == ("error", kind, reply.status_code)
 
 
-FIELDS = ["api_base", "base_url", "api_key", "extra_headers", "extra_body", "custom_llm_provider", "aws_region_name",
-          "organization", "proxy", "model_list", "mock_response", "metadata", "headers", "fallbacks"]  # fmt: skip
+ORDERS = [
+    "api_base", "base_url", "custom_api_base", "api_key", "api_version", "api_type", "organization", "project",
+    "extra_headers", "headers", "extra_body", "extra_query", "custom_llm_provider", "deployment_id", "client",
+    "model_list", "fallbacks", "context_window_fallbacks", "region_name", "proxy", "ssl_verify", "timeout",
+    "mock_response", "mock_tool_calls", "callbacks", "success_callback", "failure_callback", "guardrails",
+    "hf_model_name", "shared_session", "use_in_pass_through", "configurable_clientside_auth_params",
+    "input_cost_per_token", "output_cost_per_token", "num_retries", "max_retries", "no-log", "hooks",
+    "aws_region_name", "aws_access_key_id", "aws_secret_access_key", "aws_session_token", "aws_role_name",
+    "aws_web_identity_token", "aws_bedrock_runtime_endpoint", "aws_sts_endpoint", "aws_profile_name",
+    "aws_external_id", "azure_ad_token", "azure_ad_token_provider", "azure_endpoint", "azure_scope",
+    "vertex_project", "vertex_location", "vertex_credentials", "gcs_bucket_name", "s3_bucket_name",
+    "s3_endpoint_url", "litellm_params", "litellm_credential_name", "litellm_metadata", "watsonx_url",
+    "watsonx_token", "oci_region", "oci_key", "sagemaker_base_url", "bedrock_endpoint",
+]  # fmt: skip
 
 
-def test_no_field_of_a_request_changes_where_it_goes(proxy: Worker, anthropic: FakeUpstream) -> None:
+def test_a_field_that_would_redirect_the_call_is_refused_by_its_name(proxy: Worker, anthropic: FakeUpstream) -> None:
+    assert len(ORDERS) >= 60
+    for field in ORDERS:
+        reply = post(proxy, **{field: "http://evil.example"})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
+        assert reply.json()["error"]["code"] == "parameter_not_allowed"
+    assert anthropic.requests == []
+    assert len(proxy.spans) == len(ORDERS)
+
+
+def test_no_other_field_changes_where_a_call_goes(proxy: Worker, anthropic: FakeUpstream) -> None:
     anthropic.reply(json_reply(message()))
-    assert post(proxy, **{field: {"episode_id": "e", "x": "evil"} for field in FIELDS}).status_code == 200
+    assert post(proxy, metadata={"episode_id": "e", "x": "evil"}, user_api_base="evil", _x="evil").status_code == 200
     assert anthropic.requests[0].headers["x-api-key"] == "sk-ant-server"
     assert "evil" not in json.dumps([anthropic.requests[0].json, anthropic.requests[0].headers])
 

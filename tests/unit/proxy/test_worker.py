@@ -143,7 +143,7 @@ def test_without_room_on_the_disk_the_table_lasts_as_long_as_the_server(tmp_path
 
     (tmp_path / "data" / "episodes.tab").mkdir(parents=True)  # cannot be opened as a file
     (tmp_path / "runtime").mkdir()
-    with _table(tmp_path / "data", tmp_path / "runtime") as table:
+    with _table(tmp_path / "data", tmp_path / "runtime", alone=False) as table:
         assert table.put_if_absent(b"k" * 16, b"v") == b"v"
 
 
