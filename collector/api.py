@@ -219,30 +219,16 @@ async def import_rows(collector: Service, request: Request) -> Response:
     return json_response(await run_in_threadpool(collector.import_rows, await _body(request)))
 
 
-@writing.post("/api/store/compact")
-def compact(collector: Service, body: bodies.CompactBody) -> Response:
-    """Move old days of the journal to Parquet files."""
-    return json_response(collector.compact(body.days, body.dry_run))
-
-
-@writing.post("/api/store/retain")
-def retain(collector: Service, body: bodies.RetainBody) -> Response:
-    """Delete the spans, payloads and rewards of older days."""
-    return json_response(collector.retain(body.days, body.dry_run))
-
-
 reading = APIRouter(prefix="/api", tags=["reading"])
 
 
 @reading.post("/export")
-@pooled
 def export(collector: Service, body: bodies.ExportBody) -> Response:
     """Whole episodes with all their rows, newest first."""
     return json_response(collector.export(body))
 
 
 @reading.get("/episodes")
-@pooled
 def episodes(
     collector: Service,
     limit: Limit = 50,

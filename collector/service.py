@@ -34,10 +34,8 @@ from collector import (
 )
 from collector import discover as discovery
 from collector.errors import BadInput, Conflict, NotFound, Unavailable
-from collector.keeper import Keeper
 from collector.loader import Loader
 from collector.model import Version
-from collector.readers import Readers
 from collector.settings import Settings
 from collector.store import Store
 
