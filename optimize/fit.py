@@ -14,9 +14,10 @@ from collector import settings
 from collector.client import Client, open_client
 from collector.console import console
 from collector.errors import BadInput
+from optimize.apo.examples import labelled
 from optimize.apo.job import run_setup
 from optimize.apo.origin import Origin
-from optimize.apo.proposers import Bank
+from optimize.apo.proposers import Bank, Demonstrations
 from optimize.apo.result import ApoResult, holdout
 from optimize.apo.setup import Setup
 from optimize.apo.spec import ApoSpec
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from optimize.api import APO, FitResult, Trainer
 
 MODEL = "gpt-5-mini"
+SHOTS = 6  # tasks with a known answer that may become examples in the prompt
 
 
 async def fit(trainer: "Trainer", agent: Callable[..., Any], train: list[Any], val: list[Any]) -> "FitResult":
@@ -215,7 +217,8 @@ async def _job(trainer: "Trainer", bound: Bound, data: Data, client: Client, con
         run_id=job_id,
     )
     ask = _ask(algorithm, config, spans, f"{job_id}-editor")
-    setup = Setup(data.search, data.held, rollouts, bound.context(), origin, lambda found: [Bank()], ask)
+    shots = Demonstrations(labelled(data.search), limit=SHOTS, seed=spec.seed)
+    setup = Setup(data.search, data.held, rollouts, bound.context(), origin, lambda found: [Bank(), shots], ask)
     try:
         with Screen(console, job_id, "run the script again") as screen:
             done = await run_setup(spec, setup, client, settings=config, job_id=job_id, on_progress=screen.update)

@@ -51,6 +51,22 @@ async def gather(
     return examples
 
 
+def labelled(tasks: Sequence[Task]) -> list[Example]:
+    """Examples out of the tasks themselves, where they say what a right answer is: for agents whose calls nobody saw.
+
+    The input is the task's text where it has one field of text, else its JSON.
+    """
+    examples = []
+    for task in tasks:
+        told = {name: value for name, value in task.data.items() if name not in UNTOLD}
+        texts = [value for value in told.values() if isinstance(value, str) and value.strip()]
+        expected = task.expected[0] if isinstance(task.expected, list) and task.expected else task.expected
+        if isinstance(expected, str | int | float) and told:
+            asked = texts[0] if len(texts) == 1 else json.dumps(told, ensure_ascii=False)
+            examples.append(Example(asked, str(expected), 1.0, task.id))
+    return examples
+
+
 def _messages(value: Any) -> list[Mapping[str, Any]]:
     messages = json.loads(value) if isinstance(value, str) else value
     return [message for message in messages or [] if isinstance(message, Mapping)]

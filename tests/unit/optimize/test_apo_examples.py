@@ -3,7 +3,7 @@ import json
 from typing import Any, cast
 
 from collector.client import Client
-from optimize.apo.examples import Tracer, gather
+from optimize.apo.examples import Tracer, gather, labelled
 from optimize.dataset import Task, make_task
 
 SEED = "You are a helper."
@@ -67,3 +67,13 @@ def test_a_value_that_tasks_share_tells_none_of_them() -> None:
 
 def test_of_equally_long_names_the_held_out_one_counts() -> None:
     assert Tracer([country("Iran")], [country("Peru")]).trace("a", "Iran or Peru?") == ("peru", False)
+
+
+def test_tasks_that_tell_their_answer_become_examples_of_it() -> None:
+    tasks = [
+        make_task({"id": "a", "country": "France", "expected": ["Paris", "Paname"]}),
+        make_task({"id": "b", "x": 1, "y": "two", "z": "three", "answer": 5}),
+        make_task({"id": "c", "country": "Chad"}),
+    ]
+    found = [(one.input, one.output, one.task_id) for one in labelled(tasks)]
+    assert found == [("France", "Paris", "a"), ('{"x": 1, "y": "two", "z": "three"}', "5", "b")]
