@@ -300,16 +300,16 @@ class Remote:
 
     def episode_otlp(self, episode_id: str) -> dict[str, Any]:
         """See Client."""
-        return as_dict(self._ask("GET", "api", "episodes", episode_id, "otlp"))
+        return _dict(self._ask("GET", "api", "episodes", episode_id, "otlp"))
 
     def export(self, limit: int = 100, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
         """See Client."""
         given = {name: value for name, value in filters.items() if value is not None}
-        return as_dict(self._ask("POST", "api", "export", body={"limit": limit, "cursor": cursor, **given}))
+        return _dict(self._ask("POST", "api", "export", body={"limit": limit, "cursor": cursor, **given}))
 
     def import_rows(self, spans: Sequence[Mapping[str, Any]], rewards: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         """See Client."""
-        return as_dict(self._ask("POST", "api", "import", body={"spans": list(spans), "rewards": list(rewards)}))
+        return _dict(self._ask("POST", "api", "import", body={"spans": list(spans), "rewards": list(rewards)}))
 
     def deployments(self, slot: str) -> list[dict[str, Any]]:
         """See Client."""
