@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -146,6 +147,15 @@ async def _first(source: Any) -> Any:
     except BaseException:
         Translated(200, [], source=source).close()
         raise
+
+
+async def close() -> None:
+    """Closes the connections of LiteLLM's clients, which belong to the running loop."""
+    litellm: Any = sys.modules.get("litellm")
+    if litellm is not None:
+        await asyncio.gather(*_closing, return_exceptions=True)
+        await litellm.close_litellm_async_clients()
+        litellm.in_memory_llm_clients_cache.flush_cache()
 
 
 async def _library() -> Any:

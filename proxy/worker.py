@@ -100,6 +100,7 @@ class Server(uvicorn.Server):
 
 async def serve(spec: Spec, ready: Any) -> None:
     """Serve until SIGTERM or the supervisor's death; on return the journal is sealed. `ready()` is called once."""
+    from proxy import translate
     from proxy.app import App
     from proxy.auth import Guard
     from proxy.link import Link
@@ -137,6 +138,7 @@ async def serve(spec: Spec, ready: Any) -> None:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
             await upstream.close()
+            await translate.close()
             await link.close()
             await asyncio.to_thread(journal.close)
 

@@ -17,6 +17,7 @@ import uvicorn
 from collector.model import Exchange
 from collector.prices import Prices
 from collector.settings import Settings
+from proxy import translate
 from proxy.app import App
 from proxy.rates import Meter
 from proxy.server import Protocol
@@ -167,6 +168,7 @@ class Worker:
         await self.server.serve([self._socket])
         watch.cancel()
         await upstream.close()
+        await translate.close()
         table.close()
         meter.close()
 
