@@ -19,6 +19,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from collector.errors import NotFound
 from collector.formats.bundle import span_out
 from collector.model import CALLS
 
@@ -56,21 +57,27 @@ class _Unusable(Exception):
 
 
 def write(folder: Path, episodes: Iterable[Mapping[str, Any]], form: Form) -> tuple[int, Counter[str]]:
-    """`data/train.parquet` and a card; returns how many rows, and how many calls were left out and why."""
+    """`data/train.parquet` and a card; returns how many rows, and how many calls were left out and why.
+
+    Raises NotFound where there is no row: trainers can't open an empty file.
+    """
     left: Counter[str] = Counter()
     rows = list(ROWS[form](episodes, left))
+    if not rows:
+        why = ", ".join(f"{count} {reason}" for reason, count in left.items())
+        raise NotFound(f"nothing to write in the form {form}" + (f"; left out: {why}" if why else ""), param="form")
     target = folder / "data" / "train.parquet"
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(".train.parquet.part")
-    pq.write_table(_table(rows, form), part, compression="zstd")
+    pq.write_table(_table(rows), part, compression="zstd")
     part.replace(target)
     (folder / "README.md").write_text(_card(form, len(rows)))
     return len(rows), left
 
 
-def _table(rows: Sequence[Row], form: Form) -> pa.Table:
+def _table(rows: Sequence[Row]) -> pa.Table:
     """Message columns have the full type only where a message calls a tool: plain ones stay {"role", "content"}."""
-    names = list(dict.fromkeys(name for row in rows for name in row)) or [*_COLUMNS[form]]
+    names = list(dict.fromkeys(name for row in rows for name in row))
     fields = []
     for name in names:
         if name in _MESSAGES:
@@ -79,14 +86,6 @@ def _table(rows: Sequence[Row], form: Form) -> pa.Table:
         else:
             fields.append((name, _TYPES.get(name, pa.string())))
     return pa.Table.from_pylist(rows, pa.schema(fields))
-
-
-_COLUMNS: Mapping[Form, tuple[str, ...]] = {
-    "sft": ("messages", "episode_id"),
-    "preference": ("prompt", "chosen", "rejected"),
-    "prompt-completion": ("prompt", "completion", "episode_id"),
-    "trajectory": ("prompt", "completion", "reward", "steps", "episode_id"),
-}
 
 
 def _calls(episode: Mapping[str, Any], left: Counter[str]) -> Iterator[tuple[list[Row], list[Row], Row]]:
