@@ -13,6 +13,8 @@ Exit codes of the command line: 0 done, 1 not done (`RatchetError`), 2 bad input
 
 from typing import Any
 
+from collector import redact
+
 
 class RatchetError(Exception):
     """Root of the tree. `message` is for people, `code` for programs, `param` names the offending field."""
@@ -28,8 +30,9 @@ class RatchetError(Exception):
             self.code = code
 
     def envelope(self) -> dict[str, Any]:
-        """OpenAI's error envelope, so that any OpenAI client shows the message."""
-        return {"error": {"message": self.message, "type": "ratchet_error", "param": self.param, "code": self.code}}
+        """OpenAI's error envelope, so that any OpenAI client shows the message. What it quotes may hold a secret."""
+        message, _ = redact.text(self.message)
+        return {"error": {"message": message, "type": "ratchet_error", "param": self.param, "code": self.code}}
 
 
 class BadInput(RatchetError):

@@ -7,13 +7,15 @@ of an escape, and a key that follows the escape of a newline is still found. Eve
 
 import re
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from collector.model import Exchange
 
 Call = TypeVar("Call", bound=Exchange)
 
 PAYLOADS = ("input_messages", "output_messages", "tools", "attributes")
+SPELLED = ("token_ids", "logprobs")  # they spell the same text again
+GIVEN = ("route", "request_model", "response_model", "error_type")  # columns with words of a client's or an upstream's
 MASK = "[redacted]"
 MASK_EMAIL = "[e-mail]"
 
@@ -98,3 +100,14 @@ def exchange(call: Call, emails: bool = False) -> Call:
     if not changed:
         return call
     return replace(call, token_ids=None, logprobs=None, **changed)  # type: ignore[arg-type]  # only str fields
+
+
+def payloads(line: dict[str, Any], emails: bool = False) -> None:
+    """Masks a span's line in place: payloads, and what a client may have put a key into by mistake. A hit drops its
+    token ids and logprobs too."""
+    held = {name: line[name] for name in (*PAYLOADS, *GIVEN) if name in line}
+    _, hit = text("\n".join(held.values()), emails)
+    if hit:
+        line.update({name: text(value, emails)[0] for name, value in held.items()})
+        for name in SPELLED:
+            line.pop(name, None)
