@@ -17,7 +17,7 @@ from bench.gateway import cpu, payloads
 from bench.gateway.load import SDK_HEADERS, Address
 
 ROOT = Path(__file__).resolve().parents[2]
-START = 60.0  # seconds until a target must answer
+START = 120.0  # seconds until a target must answer
 _PORT = re.compile(r"^port (\d+)$", re.MULTILINE)
 _CLEAN = ("OPENAI_", "RATCHET_", "LITELLM_", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
 
