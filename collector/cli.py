@@ -96,6 +96,11 @@ def episodes_show(
     if as_json or otlp:
         emit_json(episode)
         return
+    print_episode(episode)
+
+
+def print_episode(episode: dict[str, Any]) -> None:
+    """For people: its steps, with what each was worth where that is known, and its rewards."""
     console.print(f"[bold]{escape(episode['episode_id'])}[/]  reward {_reward(episode['reward'])}", highlight=False)
     for step in episode["steps"]:
         _print_step(step)
@@ -108,7 +113,10 @@ def episodes_show(
 def _print_step(step: dict[str, Any]) -> None:
     versions = ", ".join(f"{slot}@{version}" for slot, version in step["versions"].items())
     seconds = (step["end_ns"] - step["start_ns"]) / 1e9
-    head = f"step {step['step']}  {step['model'] or ''}  {versions}  {seconds:.2f} s  {step['error_type'] or ''}"
+    worth = "" if step.get("credit") is None else f"credit {step['credit']:+.3f}"
+    head = (
+        f"step {step['step']}  {step['model'] or ''}  {versions}  {seconds:.2f} s  {step['error_type'] or ''}  {worth}"
+    )
     console.print(f"[bold cyan]{escape(head)}[/]", highlight=False)
     for message in [*step["input_messages"], *step["output_messages"]]:
         content = message.get("content")

@@ -9,13 +9,16 @@
 | discounted | return-to-go G_t | gamma 0.95 |
 | leave_one_out | R minus the mean of the task's other episodes | key |
 | group | (R - mean) / (std + eps) over the task's episodes | key, eps |
-| gae | sum of discounted TD residuals, V fitted to returns | gamma 1, lam 0.95, value, folds |
+| gae | sum of discounted TD residuals, V fitted to returns | gamma 1, lam (by V's foresight), value, folds |
 | td_lambda | the same, V fitted to its own lambda-returns | gamma 1, lam 0.5, value, folds, rounds 3 |
 | gigpo | group + weight x group over equal step inputs | key, anchor, gamma 0.95, weight 1, eps, normalise |
 | shaped | return-to-go of r + gamma Phi' - Phi | gamma 1, potential (default: the fitted V), value, folds |
 
 The smaller lam, the less variance, and the more a poor V bends the result: where V predicts nothing, a small lam
-leaves early steps without credit. For all: `weights`, `roles`, `standardise` (see `assign`).
+leaves early steps without credit. So gae's lam, unless given, is chosen by what the data say of V: TRUSTED where V, on
+episodes that it was not fitted to, foresees what a step still earns (see `foresight`), else CAUTIOUS.
+
+For all: `weights`, `roles`, `standardise` (see `assign`).
 """
 
 import inspect
@@ -51,6 +54,7 @@ __all__ = [
     "assign",
     "broadcast",
     "discounted",
+    "foresight",
     "gae",
     "gigpo",
     "group",
@@ -59,6 +63,9 @@ __all__ = [
     "td_lambda",
     "to_tokens",
 ]
+
+TRUSTED, CAUTIOUS = 0.2, 0.95
+PROVEN = 2.0  # standard errors
 
 Key = Callable[[Episode], Hashable] | Mapping[str, Hashable]
 
@@ -218,16 +225,45 @@ def _gae(
     rollouts: Sequence[_Rollout],
     *,
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | None = None,
     value: ValueModel | None = None,
     folds: int = 5,
 ) -> list[_Credit]:
     returns = [discounted(rollout.rewards, gamma) for rollout in rollouts]
     values = _values(rollouts, returns, value, folds)
+    if lam is None:
+        lam = TRUSTED if foresight([one.rewards for one in rollouts], values, gamma) >= PROVEN else CAUTIOUS
     return [
         _Credit(gae(rollout.rewards, np.append(valued, 0.0), gamma, lam), gone)
         for rollout, valued, gone in zip(rollouts, values, returns, strict=True)
     ]
+
+
+def foresight(rewards: Sequence[Floats], values: Sequence[Floats], gamma: float) -> float:
+    """Whether V learns on the way how an episode will end: in standard errors above 0.
+
+    `rewards` and `values`, N arrays (T_i,), V fitted to other episodes. What V_{t+1} says beyond V_t is set against
+    what G_{t+1} has beyond V_t (both as least-squares residuals). A right V agrees with it, E > 0; one that is
+    constant, or was fitted to noise, does not, E = 0, since the noise of other episodes is not this one's. Steps of
+    one episode share their luck, so episodes are the sample.
+    """
+    long = [at for at, gained in enumerate(rewards) if len(gained) > 1]
+    if len(long) < 3:
+        return 0.0
+    before = np.concatenate([values[at][:-1] for at in long])
+    news = _beyond(np.concatenate([values[at][1:] for at in long]), before)
+    came = _beyond(np.concatenate([discounted(rewards[at], gamma)[1:] for at in long]), before)
+    bounds = np.cumsum([len(rewards[at]) - 1 for at in long])[:-1]
+    sums = [float(part.sum()) for part in np.split(news * came, bounds)]
+    error = float(np.std(sums, ddof=1)) / math.sqrt(len(sums))
+    return float(np.mean(sums)) / error if error > 0 else 0.0
+
+
+def _beyond(target: Floats, known: Floats) -> Floats:
+    """The residual of a line through (known, target); rounding counts as nothing."""
+    design = np.column_stack([np.ones(len(known)), known])
+    residual: Floats = target - design @ np.linalg.lstsq(design, target, rcond=None)[0]
+    return np.where(np.abs(residual) > 1e-9 * max(1.0, float(np.abs(target).max())), residual, 0.0)
 
 
 def _td_lambda(
