@@ -28,7 +28,8 @@ _ENTRY = _HEAD.size + VALUE
 _TIME = struct.Struct("<Q")
 _TIMES = struct.Struct(f"<{WAYS}Q")
 _KEYS = WAYS * KEY
-_BUCKET = _KEYS + _TIMES.size + WAYS * _ENTRY
+_ENTRIES = _KEYS + _TIMES.size  # where they begin in a bucket
+_BUCKET = _ENTRIES + WAYS * _ENTRY
 _MAGIC = b"ratchet1"
 _HEADER = 4096
 _EMPTY, _LIVE, _TAKEN = 0, 1, 2
@@ -154,7 +155,7 @@ class Table:
         return ways
 
     def _read(self, bucket: int, way: int, key: bytes) -> tuple[int, bytes] | None:
-        at = bucket + _KEYS + _TIMES.size + way * _ENTRY
+        at = bucket + _ENTRIES + way * _ENTRY
         crc, state, length = _HEAD.unpack_from(self._map, at)
         value = self._map[at + _HEAD.size : at + _HEAD.size + length]
         if state == _EMPTY or crc != _checksum(key, state, value):
@@ -162,19 +163,22 @@ class Table:
         return state, value
 
     def _write(self, key: bytes, value: bytes) -> None:
-        """Into a free entry, else over the oldest one of the bucket."""
+        """Into a free entry, else over the oldest one of the bucket; of a key that has half of it already, over its own
+        oldest: what thousands say alike must not push out what others rely on."""
         if len(key) != KEY or len(value) > VALUE:
             raise ValueError(f"keys are {KEY} bytes and values at most {VALUE}")
         bucket = self._bucket(key)
         times = _TIMES.unpack_from(self._map, bucket + _KEYS)
-        way = times.index(min(times))
-        self._map[bucket + way * KEY : bucket + (way + 1) * KEY] = key
+        own = self._ways(bucket, key)
+        way = times.index(min(times)) if len(own) < WAYS // 2 else min(own, key=times.__getitem__)
+        at = bucket + way * KEY
+        self._map[at : at + KEY] = key
         self._store(bucket, way, key, _LIVE, value)
 
     def _store(self, bucket: int, way: int, key: bytes, state: int, value: bytes) -> None:
-        at = bucket + _KEYS + _TIMES.size + way * _ENTRY
-        head = _HEAD.pack(_checksum(key, state, value), state, len(value))
-        self._map[at : at + _HEAD.size + len(value)] = head + value
+        at = bucket + _ENTRIES + way * _ENTRY
+        entry = _HEAD.pack(_checksum(key, state, value), state, len(value)) + value
+        self._map[at : at + len(entry)] = entry
         _TIME.pack_into(self._map, bucket + _KEYS + 8 * way, time.time_ns())
 
 

@@ -122,3 +122,13 @@ def test_keys_and_values_have_their_sizes(tmp_path: Path) -> None:
             table.add(b"short", b"")
         with pytest.raises(ValueError, match="136"):
             table.add(key("a"), b"x" * 137)
+
+
+def test_what_thousands_say_alike_pushes_out_nothing_of_others(tmp_path: Path) -> None:
+    with Table(tmp_path / "t", slots=16) as table:  # one bucket
+        for number in range(8):
+            table.put_if_absent(key("sticky", str(number)), b"%d" % number)
+        for _ in range(5000):
+            table.add(key("prefix", "Hello"), b"another")
+        assert [table.get(key("sticky", str(number))) for number in range(8)] == [b"%d" % n for n in range(8)]
+        assert table.take(key("prefix", "Hello")).found == 8
