@@ -79,7 +79,7 @@ def install(name: str) -> None:
         raise Absent(f"was not installed within {INSTALL:g} s") from None
     except subprocess.CalledProcessError as error:
         words = (error.stderr or b"").decode(errors="replace").strip().splitlines()
-        raise Absent("; ".join(words[-2:]) or "its installation failed") from None
+        raise Absent(words[-1][:300] if words else "its installation failed") from None
     stamp.write_text(wanted)
 
 
