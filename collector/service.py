@@ -26,6 +26,7 @@ from collector import (
     journal,
     keys,
     otel,
+    otlp_out,
     redact,
     registry,
     results,
@@ -114,6 +115,10 @@ class Collector:
             self._thread.start()
 
     def close(self) -> None:
+        self._otlp = otlp_out.begin(settings.export.otlp, self.data_dir, self.store.reading, self.loader.is_loaded)
+        if self._otlp is not None and background:
+            self._undo.callback(self._otlp.close)
+            self._otlp.start()
         """Seal, load what is left, write a checkpoint, release the directory. Twice is once."""
         if self._closed:
             return
@@ -545,6 +550,7 @@ def _await(futures: "list[Future[None]]") -> None:
         except FutureTimeout:
             raise Unavailable(f"the disk did not answer within {_DISK_SECONDS:g} s") from None
 
+            "otlp": None if self._otlp is None else self._otlp.stats(),
 
 def _page(
     read: Callable[..., list[dict[str, Any]]],

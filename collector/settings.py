@@ -210,6 +210,30 @@ class Storage(Section):
 
 class Settings(Section):
     """Everything. `load` builds it; nothing else reads the environment or the file."""
+class OtlpOut(Section):
+    """Where recorded spans and rewards are sent as OTLP; without `endpoint`, nowhere."""
+
+    endpoint: str | None = None
+    headers: dict[str, str] = Field(default_factory=dict)
+    protocol: Literal["http/protobuf"] = "http/protobuf"
+    content: Literal["full", "none"] = "full"
+    rewards: Literal["logs", "spans", "phoenix"] = "logs"
+    timeout: float = Field(default=10, gt=0)
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_url(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        return None if url is None else url.rstrip("/").removesuffix("/v1/traces")
+
+
+class Export(Section):
+    """What leaves this machine by itself."""
+
+    otlp: OtlpOut = OtlpOut()
+
+
 
     server: Server = Server()
     upstream: Upstream = Upstream()
@@ -223,6 +247,7 @@ class Settings(Section):
     store: Storage = Storage()
 
     @property
+    export: Export = Export()
     def models(self) -> tuple[ModelEntry, ...]:
         """Every model with a target of its own: `model_list`, and each engine's base model."""
         return (*self.model_list, *(engine.as_model for engine in self.engines))

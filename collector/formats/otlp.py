@@ -15,7 +15,7 @@ ROW = "ratchet.row"
 _EXTRA = ("route", "source", "request_bytes", "response_bytes", "token_ids", "logprobs", "parent_span_id", "stream")
 # What a reader infers where it is missing: here a missing one is missing.
 _INFERRED = ("finish_reason", "error_type")
-_JUDGED = {"name": "gen_ai.evaluation.name", "value": "gen_ai.evaluation.score.value"} | {
+JUDGED = {"name": "gen_ai.evaluation.name", "value": "gen_ai.evaluation.score.value"} | {
     "label": "gen_ai.evaluation.score.label",
     "explanation": "gen_ai.evaluation.explanation",
     "reward_id": "ratchet.reward.id",
@@ -62,7 +62,7 @@ def logs(rewards: Any) -> dict[str, Any]:
 
 def evaluation(reward: Mapping[str, Any]) -> dict[str, Any]:
     """One reward as a log record."""
-    attributes = {_JUDGED[name]: value for name, value in reward.items() if name in _JUDGED}
+    attributes = {JUDGED[name]: value for name, value in reward.items() if name in JUDGED}
     if reward["target_kind"] == "response":
         attributes["gen_ai.response.id"] = reward["target_id"]
     return {
