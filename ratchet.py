@@ -22,7 +22,7 @@ COMMANDS = {
     "jobs": ("optimize.cli", "jobs_app"),
     "export": ("collector.transfer_cli", "export"),
     "import": ("collector.transfer_cli", "import_"),
-    "store": ("collector.cli", "store_app"),
+    "store": ("collector.store_cli", "store_app"),
     "engine": ("optimize.rl.cli", "engine"),
     "keys": ("collector.key_cli", "keys_app"),
     "doctor": ("collector.doctor", "doctor"),

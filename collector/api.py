@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from collector import bodies, rewards
 from collector.errors import BadInput, RatchetError
+from collector.readers import pooled
 from collector.results import ARROW
 from collector.service import MAX_PAGE, MAX_SAMPLE, Collector
 
@@ -219,16 +220,30 @@ async def import_rows(collector: Service, request: Request) -> Response:
     return json_response(await run_in_threadpool(collector.import_rows, await _body(request)))
 
 
+@writing.post("/api/store/compact")
+def compact(collector: Service, body: bodies.CompactBody) -> Response:
+    """Move old days of the journal to Parquet files."""
+    return json_response(collector.compact(body.days, body.dry_run))
+
+
+@writing.post("/api/store/retain")
+def retain(collector: Service, body: bodies.RetainBody) -> Response:
+    """Delete the spans, payloads and rewards of older days."""
+    return json_response(collector.retain(body.days, body.dry_run))
+
+
 reading = APIRouter(prefix="/api", tags=["reading"])
 
 
 @reading.post("/export")
+@pooled
 def export(collector: Service, body: bodies.ExportBody) -> Response:
     """Whole episodes with all their rows, newest first."""
     return json_response(collector.export(body))
 
 
 @reading.get("/episodes")
+@pooled
 def episodes(
     collector: Service,
     limit: Limit = 50,
@@ -245,18 +260,21 @@ def episodes(
 
 
 @reading.get("/episodes/{episode_id}")
+@pooled
 def episode(collector: Service, episode_id: str) -> Response:
     """One episode: its steps in order, and its rewards."""
     return json_response(collector.episode(episode_id))
 
 
 @reading.get("/episodes/{episode_id}/otlp")
+@pooled
 def episode_otlp(collector: Service, episode_id: str) -> Response:
     """The calls of an episode as OTLP/JSON, to post to any OpenTelemetry backend."""
     return json_response(collector.episode_otlp(episode_id))
 
 
 @reading.get("/spans")
+@pooled
 def spans(
     collector: Service,
     limit: Limit = 50,
@@ -272,35 +290,46 @@ def spans(
 
 
 @reading.get("/rewards/unmatched")
+@pooled
 def unmatched(collector: Service, limit: Limit = 50) -> Response:
     """Rewards whose target has not been seen, newest first."""
     return json_response({"rewards": collector.unmatched_rewards(limit)})
 
 
 @reading.get("/jobs")
+@pooled
 def jobs(collector: Service) -> Response:
     """The latest state of every job, newest first."""
     return json_response({"jobs": collector.jobs()})
 
 
 @reading.get("/jobs/{job_id}")
+@pooled
 def job(collector: Service, job_id: str) -> Response:
     """The latest state of a job."""
     return json_response(collector.job(job_id))
 
 
 @reading.get("/evaluations")
+@pooled
 def evaluations(collector: Service, job_id: str | None = None) -> Response:
     """Paid rollouts, by time."""
     return json_response({"evaluations": collector.evaluations(job_id)})
 
 
 @reading.post("/query")
+@pooled
 def query(collector: Service, body: bodies.QueryBody, request: Request) -> Response:
-    """One SELECT, as JSON or as an Arrow IPC stream (`Accept: application/vnd.apache.arrow.stream`)."""
-    table = collector.query(body.sql, body.limit)
+    """One SELECT, as JSON or as an Arrow IPC stream (`Accept: application/vnd.apache.arrow.stream`). What does not fit
+    into one answer is had with `cursor`: the `next` of the answer, or its header `x-ratchet-next`."""
+    if body.cursor is not None:
+        table = collector.more(body.cursor, body.page)
+    else:
+        table = collector.query(body.sql or "", body.limit, body.page)
     if ARROW in request.headers.get("accept", ""):
         headers = {"x-ratchet-truncated": str(table.truncated).lower()}
+        if table.next is not None:
+            headers["x-ratchet-next"] = table.next
         return Response(table.arrow(), media_type=ARROW, headers=headers)
     return json_response(table.json())
 
@@ -312,6 +341,7 @@ def identity(collector: Service) -> Response:
 
 
 @reading.get("/stats")
+@pooled
 def stats(collector: Service) -> Response:
     """Counters."""
     return json_response(collector.stats())

@@ -13,11 +13,11 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 import pyarrow as pa
@@ -84,6 +84,14 @@ def today() -> int:
     return (datetime.now(UTC).date() - _EPOCH).days
 
 
+class Lines(Protocol):
+    """Lines of the journal; once they were read, `spans` is the number of calls among what was left out."""
+
+    spans: int
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
+
 class Archive:
     """The folder of archived days of one data directory."""
 
@@ -121,6 +129,14 @@ class Archive:
     def file(self, part: Part, name: str) -> Path:
         """A file of a part."""
         return self.path / part.name / name
+
+    def column(self, part: Part, table: str, name: str) -> list[str]:
+        """One text column of a table of a part; nothing where the file cannot be read."""
+        try:
+            found = pyarrow.parquet.read_table(self.file(part, f"{table}.parquet"), columns=[name])
+        except (OSError, pa.ArrowException):
+            return []
+        return [str(value) for value in found.column(0).to_pylist()]
 
     def damaged(self, part: Part) -> list[str]:
         """Files of a part that are missing or not what the manifest says."""
@@ -186,10 +202,11 @@ class Archive:
 
     # Compaction
 
-    def write(self, cursor: Any, day: int, segments: Sequence[tuple[str, int]], lines: Iterable[bytes]) -> Part:
+    def write(self, cursor: Any, day: int, segments: Sequence[tuple[str, int]], lines: Lines) -> Part:
         """Write a day to its folder: its rows from the database, `lines` (not of spans and rewards) from the journal.
 
-        Nothing is deleted. Once this returns, the folder is the truth for `segments` ((name, bytes) each).
+        Nothing is deleted. Once this returns, the folder is the truth for `segments` ((name, bytes) each). Raises
+        Unavailable where the database has fewer rows than the journal has lines.
         """
         folder = self.path / f".{day_name(day)}.tmp"
         shutil.rmtree(folder, ignore_errors=True)
@@ -201,6 +218,7 @@ class Archive:
             relation.write_parquet(str(target), compression="zstd", row_group_size=8192)
             rows[table] = _rows_of(cursor, target)
         events = _write_lines(folder / EVENTS, lines)
+        _complete(day, rows, lines.spans)
         digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
         part = Part(day, tuple(name for name, _ in segments), rows, digests, events)
         _write_synced(folder / MANIFEST, _manifest(part))
@@ -229,6 +247,15 @@ class Archive:
     def size(self, part: Part) -> int:
         """Bytes on disk."""
         return sum(path.stat().st_size for path in (self.path / part.name).iterdir())
+
+
+def _complete(day: int, rows: Mapping[str, int], spans: int) -> None:
+    stored = rows["spans"] + rows["echoes"]
+    if rows["payloads"] != stored or stored < spans:
+        raise Unavailable(
+            f"{day_name(day)} stays in the journal: of {spans} calls the store has {stored} spans and "
+            f"{rows['payloads']} payloads; run `ratchet store verify` and `ratchet store rebuild`"
+        )
 
 
 def close_day(cursor: Any, part: Part) -> None:

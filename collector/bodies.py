@@ -98,8 +98,30 @@ class ExportBody(Body):
 class QueryBody(Body):
     """One SELECT."""
 
-    sql: str = Field(min_length=1, max_length=100_000)
+    sql: str | None = Field(default=None, min_length=1, max_length=100_000)
     limit: int = Field(default=10_000, ge=1, le=10_000_000)
+    page: int | None = Field(default=None, ge=1, le=10_000_000)  # rows of one answer; a bound in bytes holds anyway
+    cursor: str | None = Field(default=None, max_length=64)  # `next` of the answer before
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "QueryBody":
+        if (self.sql is None) == (self.cursor is None):
+            raise ValueError("give exactly one of `sql` and `cursor`")
+        return self
+
+
+class CompactBody(Body):
+    """Move days that ended `days` days ago or earlier to the archive."""
+
+    days: int = Field(default=1, ge=1, le=100_000)
+    dry_run: bool = False
+
+
+class RetainBody(Body):
+    """Delete the spans of days that ended more than `days` days ago."""
+
+    days: int = Field(ge=1, le=100_000)
+    dry_run: bool = False
 
 
 class JobEvent(Body):

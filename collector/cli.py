@@ -326,9 +326,12 @@ def store_verify(url: Url = None, data_dir: DataDir = None, as_json: AsJson = Fa
             style = "" if count == report.store[name] else "red"
             table.add_row(name, str(count), str(report.store[name]), style=style)
         console.print(table)
+        console.print(f"{report.archived} archived days", highlight=False)
         console.print(f"{report.segments} segments, {report.broken} broken lines, {report.quarantined} in quarantine")
         for name in report.not_loaded:
             console.print(f"[red]not loaded:[/] {name}", highlight=False)
+        for name in report.damaged:
+            console.print(f"[red]damaged in the archive:[/] {name}", highlight=False)
         for name in report.missing:
             console.print(f"[red]not in the journal any more:[/] {name}", highlight=False)
         console.print("[green]the store holds what the journal says[/]" if report.ok else "[red]they differ[/]")

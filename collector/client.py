@@ -10,7 +10,8 @@ import httpx
 import orjson
 
 from collector import bodies, settings
-from collector.errors import BadInput, Conflict, NotFound, QueryError, RatchetError, Unavailable
+from collector.answers import as_dict, as_list, joined, read
+from collector.errors import RatchetError, Unavailable
 
 if TYPE_CHECKING:
     from collector.service import Collector
@@ -18,14 +19,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 _PROBE_SECONDS = 1.0
 _ANSWER_SECONDS = 60.0
-_ERRORS: dict[int, type[RatchetError]] = {
-    400: QueryError,
-    404: NotFound,
-    409: Conflict,
-    413: BadInput,
-    422: BadInput,
-    503: Unavailable,
-}
+_CARE_SECONDS = 3600.0
 
 
 class Client(Protocol):
@@ -119,6 +113,14 @@ class Client(Protocol):
         """One SELECT: {"columns": [...], "rows": [[...]], "truncated": bool}. Raises QueryError."""
         ...
 
+    def compact(self, days: int = 1, dry_run: bool = False) -> dict[str, Any]:
+        """Move the days that ended `days` days ago or earlier to the archive: {"days", "spans", "rewards", ...}."""
+        ...
+
+    def retain(self, days: int, dry_run: bool = False) -> dict[str, Any]:
+        """Delete the spans, payloads and rewards of days that ended more than `days` days ago; as `compact`."""
+        ...
+
     def episode_otlp(self, episode_id: str) -> dict[str, Any]:
         """The calls of one episode as an OTLP/JSON export. Raises NotFound."""
         ...
@@ -201,37 +203,37 @@ class Remote:
             raise Unavailable(f"nothing answers at {self.url}: is `ratchet serve` running?") from None
         except httpx.HTTPError as error:
             raise Unavailable(f"{self.url} did not answer: {str(error) or type(error).__name__}") from None
-        return _read(answer, self.url)
+        return read(answer, self.url)
 
     def identity(self, patience: float = _ANSWER_SECONDS) -> dict[str, Any]:
         """Whose server this is: {"data_dir", "started_ns", "revision"}; answers fast whatever the store holds."""
-        return _dict(self._ask("GET", "api", "identity", patience=patience))
+        return as_dict(self._ask("GET", "api", "identity", patience=patience))
 
     def slots(self) -> list[dict[str, Any]]:
         """See Client."""
-        return _list(self._ask("GET", "api", "slots"), "slots")
+        return as_list(self._ask("GET", "api", "slots"), "slots")
 
     def versions(self, slot: str) -> list[dict[str, Any]]:
         """See Client."""
-        return _list(self._ask("GET", "api", "slots", slot, "versions"), "versions")
+        return as_list(self._ask("GET", "api", "slots", slot, "versions"), "versions")
 
     def version(self, slot: str, version: int) -> dict[str, Any]:
         """See Client."""
-        return _dict(self._ask("GET", "api", "slots", slot, "versions", str(version)))
+        return as_dict(self._ask("GET", "api", "slots", slot, "versions", str(version)))
 
     def add_version(self, slot: str, **body: Any) -> dict[str, Any]:
         """See Client."""
-        return _dict(self._ask("POST", "api", "slots", slot, "versions", body=body))
+        return as_dict(self._ask("POST", "api", "slots", slot, "versions", body=body))
 
     def discover(self, sample: int = 4_000, least_calls: int = 2) -> dict[str, Any]:
         """See Client."""
         params = {"sample": sample, "least_calls": least_calls}
-        return _dict(self._ask("GET", "api", "slots", "discover", params=params))
+        return as_dict(self._ask("GET", "api", "slots", "discover", params=params))
 
     def adopt(self, slot: str, **body: Any) -> dict[str, Any]:
         """See Client."""
         given = {name: value for name, value in body.items() if value is not None}
-        return _dict(self._ask("POST", "api", "slots", slot, "adopt", body=given))
+        return as_dict(self._ask("POST", "api", "slots", slot, "adopt", body=given))
 
     def add_candidate(self, slot: str, template: str) -> str:
         """See Client."""
@@ -267,61 +269,73 @@ class Remote:
 
     def keys(self) -> dict[str, Any]:
         """See Client."""
-        return _dict(self._ask("GET", "api", "keys"))
+        return as_dict(self._ask("GET", "api", "keys"))
 
     def create_key(self, name: str, **body: Any) -> dict[str, Any]:
         """See Client."""
-        return _dict(self._ask("POST", "api", "keys", body={"name": name, **body}))
+        return as_dict(self._ask("POST", "api", "keys", body={"name": name, **body}))
 
     def revoke_key(self, key: str) -> dict[str, Any]:
         """See Client."""
-        return _dict(self._ask("DELETE", "api", "keys", key))
+        return as_dict(self._ask("DELETE", "api", "keys", key))
 
     def snapshot(self, after: int | None = None, timeout: float = 0) -> dict[str, Any]:
         """See Client."""
         params = {"after": after, "timeout": timeout}
-        return _dict(self._ask("GET", "api", "deployments", params=params, patience=timeout + _ANSWER_SECONDS))
+        return as_dict(self._ask("GET", "api", "deployments", params=params, patience=timeout + _ANSWER_SECONDS))
 
     def episodes(self, limit: int = 50, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
         """See Client."""
-        return _dict(self._ask("GET", "api", "episodes", params={"limit": limit, "cursor": cursor, **filters}))
+        return as_dict(self._ask("GET", "api", "episodes", params={"limit": limit, "cursor": cursor, **filters}))
 
     def episode(self, episode_id: str) -> dict[str, Any]:
         """See Client."""
-        return _dict(self._ask("GET", "api", "episodes", episode_id))
+        return as_dict(self._ask("GET", "api", "episodes", episode_id))
 
     def spans(self, limit: int = 50, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
         """See Client."""
-        return _dict(self._ask("GET", "api", "spans", params={"limit": limit, "cursor": cursor, **filters}))
+        return as_dict(self._ask("GET", "api", "spans", params={"limit": limit, "cursor": cursor, **filters}))
 
     def query(self, sql: str, limit: int = 10_000) -> dict[str, Any]:
         """See Client."""
-        return _dict(self._ask("POST", "api", "query", body={"sql": sql, "limit": limit}))
+        first = as_dict(self._ask("POST", "api", "query", body={"sql": sql, "limit": limit}))
+        return joined(first, lambda cursor: as_dict(self._ask("POST", "api", "query", body={"cursor": cursor})))
+
+    def compact(self, days: int = 1, dry_run: bool = False) -> dict[str, Any]:
+        """See Client."""
+        return self._care("compact", {"days": days, "dry_run": dry_run})
+
+    def retain(self, days: int, dry_run: bool = False) -> dict[str, Any]:
+        """See Client."""
+        return self._care("retain", {"days": days, "dry_run": dry_run})
+
+    def _care(self, what: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        return as_dict(self._ask("POST", "api", "store", what, body=body, patience=_CARE_SECONDS))
 
     def episode_otlp(self, episode_id: str) -> dict[str, Any]:
         """See Client."""
-        return _dict(self._ask("GET", "api", "episodes", episode_id, "otlp"))
+        return as_dict(self._ask("GET", "api", "episodes", episode_id, "otlp"))
 
     def export(self, limit: int = 100, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
         """See Client."""
         given = {name: value for name, value in filters.items() if value is not None}
-        return _dict(self._ask("POST", "api", "export", body={"limit": limit, "cursor": cursor, **given}))
+        return as_dict(self._ask("POST", "api", "export", body={"limit": limit, "cursor": cursor, **given}))
 
     def import_rows(self, spans: Sequence[Mapping[str, Any]], rewards: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         """See Client."""
-        return _dict(self._ask("POST", "api", "import", body={"spans": list(spans), "rewards": list(rewards)}))
+        return as_dict(self._ask("POST", "api", "import", body={"spans": list(spans), "rewards": list(rewards)}))
 
     def deployments(self, slot: str) -> list[dict[str, Any]]:
         """See Client."""
-        return _list(self._ask("GET", "api", "slots", slot, "deployments"), "deployments")
+        return as_list(self._ask("GET", "api", "slots", slot, "deployments"), "deployments")
 
     def jobs(self) -> list[dict[str, Any]]:
         """See Client."""
-        return _list(self._ask("GET", "api", "jobs"), "jobs")
+        return as_list(self._ask("GET", "api", "jobs"), "jobs")
 
     def job(self, job_id: str) -> dict[str, Any]:
         """See Client."""
-        return _dict(self._ask("GET", "api", "jobs", job_id))
+        return as_dict(self._ask("GET", "api", "jobs", job_id))
 
     def events(self, events: Sequence[Mapping[str, Any]]) -> None:
         """See Client."""
@@ -329,7 +343,7 @@ class Remote:
 
     def evaluations(self, job_id: str | None = None) -> list[dict[str, Any]]:
         """See Client."""
-        return _list(self._ask("GET", "api", "evaluations", params={"job_id": job_id}), "evaluations")
+        return as_list(self._ask("GET", "api", "evaluations", params={"job_id": job_id}), "evaluations")
 
     def reward(self, body: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Any:
         """See Client."""
@@ -337,36 +351,11 @@ class Remote:
 
     def flush(self) -> dict[str, Any]:
         """See Client."""
-        return _dict(self._ask("POST", "api", "flush"))
+        return as_dict(self._ask("POST", "api", "flush"))
 
     def stats(self) -> dict[str, Any]:
         """See Client."""
-        return _dict(self._ask("GET", "api", "stats"))
-
-
-def _read(answer: httpx.Response, url: str) -> Any:
-    """The JSON of an answer, or the error that it carries, as the class that the server raised."""
-    try:
-        value = answer.json()
-    except ValueError:
-        raise Unavailable(f"{url} answered {answer.status_code} without JSON: is it a Ratchet server?") from None
-    if answer.is_success:
-        return value
-    error = value.get("error") if isinstance(value, dict) else None
-    if not isinstance(error, dict):
-        raise Unavailable(f"{url} answered {answer.status_code}: is it a Ratchet server?")
-    kind = _ERRORS.get(answer.status_code, RatchetError)
-    raise kind(str(error.get("message")), param=error.get("param"), code=error.get("code"))
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise Unavailable("the server answered something else than an object")
-    return value
-
-
-def _list(value: Any, key: str) -> list[dict[str, Any]]:
-    return list(_dict(value)[key])
+        return as_dict(self._ask("GET", "api", "stats"))
 
 
 class Local:
@@ -478,7 +467,16 @@ class Local:
 
     def query(self, sql: str, limit: int = 10_000) -> dict[str, Any]:
         """See Client."""
-        return self._read(lambda collector: collector.query(sql, limit).json())
+        first = self._read(lambda collector: collector.query(sql, limit).json())
+        return joined(first, lambda cursor: self.collector.more(cursor).json())
+
+    def compact(self, days: int = 1, dry_run: bool = False) -> dict[str, Any]:
+        """See Client."""
+        return self._read(lambda collector: collector.compact(days, dry_run))
+
+    def retain(self, days: int, dry_run: bool = False) -> dict[str, Any]:
+        """See Client."""
+        return self._read(lambda collector: collector.retain(days, dry_run))
 
     def episode_otlp(self, episode_id: str) -> dict[str, Any]:
         """See Client."""

@@ -75,8 +75,9 @@ def day_of(name: str) -> int:
     return int(digits) // _DAY_NS if digits.isdecimal() and len(digits) <= 19 else 0
 
 
-def insert(cursor: Any, segments: Sequence[Segment], batch: int) -> None:
-    """Insert rows and names as batch number `batch`, within the caller's transaction.
+def insert(cursor: Any, segments: Sequence[Segment], batch: int, closed: frozenset[int] = frozenset()) -> None:
+    """Insert rows and names as batch number `batch`, within the caller's transaction. Days that are `closed` or in the
+    archive get no more rows.
 
     Raises duckdb's errors where a line does not fit.
     """
@@ -85,7 +86,7 @@ def insert(cursor: Any, segments: Sequence[Segment], batch: int) -> None:
     first = _first_row(cursor, events)
     by_day: defaultdict[int, list[Segment]] = defaultdict(list)
     for segment in segments:
-        by_day[_open_day(segment.day, archived)].append(segment)
+        by_day[_open_day(segment.day, archived | closed)].append(segment)
     for day, group in by_day.items():
         _insert_day(cursor, group, batch, day)
     if first is not None:

@@ -5,7 +5,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from zlib import crc32
@@ -70,6 +70,11 @@ class Loader:
     def is_loaded(self, name: str) -> bool:
         """Whether the segment of this name is in the store."""
         return name in self._loaded
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Segments that are no longer in the journal need not be known any more."""
+        self._loaded.difference_update(names)
+        self._listing = _Listing()
 
     def adopt(self) -> int:
         """Seal what dead writers left open; returns how many segments."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from collector import journal
+from collector import archive, journal
 from collector.client import Client
 from collector.errors import Unavailable
 from collector.loader import QUARANTINE, Loader, kind, sift
@@ -22,7 +22,7 @@ UNION ALL SELECT 'row', 'reward', count(*) FROM rewards UNION ALL SELECT 'row', 
 UNION ALL SELECT 'row', 'candidate', count(*) FROM candidates
 UNION ALL SELECT 'row', 'deployment', count(*) FROM deployments
 UNION ALL SELECT 'row', 'evaluation', count(*) FROM evaluations UNION ALL SELECT 'row', 'job', count(*) FROM jobs
-UNION ALL SELECT 'row', 'payload', count(*) FROM payloads UNION ALL SELECT 'row', 'key', count(*) FROM keys
+UNION ALL SELECT 'row', 'payload', count(*) FROM payloads_v UNION ALL SELECT 'row', 'key', count(*) FROM keys
 UNION ALL SELECT 'segment', name, quarantined FROM _segments
 """
 _MANY = 10_000_000
@@ -35,6 +35,8 @@ class Report:
     segments: int = 0
     not_loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # loaded, but no longer in the journal
+    archived: int = 0  # days in the archive
+    damaged: list[str] = field(default_factory=list)  # files of the archive that are not as they were written
     broken: int = 0  # lines whose checksum is wrong
     quarantined: int = 0
     journal: dict[str, int] = field(default_factory=dict)
@@ -43,11 +45,11 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether the projection holds what the journal says, no more and no less."""
-        return not self.missing and not self.not_loaded and self.journal == self.store
+        return not (self.missing or self.not_loaded or self.damaged) and self.journal == self.store
 
 
 def verify(directory: Path, client: Client) -> Report:
-    """Read the whole journal again, check every line, and compare with the rows of the store."""
+    """Read the whole journal and archive again, check every line and file, and compare with the rows of the store."""
     before = {path.stem for path in directory.glob("*" + journal.SEALED)}
     client.flush()
     state = client.query(_STATE, _MANY)["rows"]
@@ -57,6 +59,7 @@ def verify(directory: Path, client: Client) -> Report:
     report.not_loaded = sorted(before - set(loaded))
     counts: Counter[str] = Counter()
     seen: set[tuple[str, str]] = set()
+    _count_archive(directory.parent / archive.FOLDER, report, counts, seen)
     for name, quarantined in loaded.items():
         path = directory / (name + journal.SEALED)
         if not path.exists():
@@ -69,6 +72,22 @@ def verify(directory: Path, client: Client) -> Report:
     counts["payload"] = counts["span"]
     report.journal = {name: counts[name] for name in rows}
     return report
+
+
+def _count_archive(folder: Path, report: Report, counts: Counter[str], seen: set[tuple[str, str]]) -> None:
+    """What the archived days hold, and whether their files are whole."""
+    days = archive.Archive(folder)
+    for part in days.parts():
+        report.archived += 1
+        report.damaged += [f"{part.name}/{name}" for name in days.damaged(part)]
+        events = days.file(part, archive.EVENTS)
+        counts.update(_kinds(sift(events.read_bytes())[0] if events.exists() else [], seen))
+        if not part.retained:
+            counts["span"] += part.rows["spans"] + part.rows["echoes"]
+            counts["reward"] += part.rows["rewards"]
+            seen.update(("reward", one) for one in days.column(part, "rewards", "reward_id"))
+            for table in ("spans", "echoes"):
+                seen.update(("otlp", one) for one in days.column(part, table, "span_id"))
 
 
 def _kinds(lines: list[bytes], seen: set[tuple[str, str]]) -> Counter[str]:

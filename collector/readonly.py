@@ -12,6 +12,7 @@ from collector.errors import QueryError
 _TABLE_FUNCTIONS = frozenset(("range", "generate_series", "unnest", "repeat", "repeat_row", "json_each", "json_tree"))
 # Scalar functions that tell about the process, or run text as SQL.
 _FORBIDDEN = frozenset(("getenv", "query", "query_table", "read_text", "read_blob", "pragma_user_agent"))
+_LIKE_A_FILE = frozenset("./\\:*?[")
 
 
 def one_select(con: Any, sql: str) -> Any:
@@ -27,7 +28,10 @@ def one_select(con: Any, sql: str) -> Any:
     if statements[0].named_parameters:
         raise QueryError("parameters cannot be given here; write the values", param="sql")
     ((text,),) = con.execute("SELECT json_serialize_sql(?::VARCHAR)", [sql]).fetchall()
-    for node in _nodes(orjson.loads(text)):
+    tree = orjson.loads(text)
+    if tree.get("error"):
+        raise QueryError(str(tree.get("error_message")), param="sql")
+    for node in _nodes(tree):
         _check(node)
     return statements[0]
 
@@ -50,7 +54,7 @@ def _check(node: dict[str, Any]) -> None:
         name = str((node.get("function") or {}).get("function_name", "")).lower()
         if name not in _TABLE_FUNCTIONS:
             raise QueryError(f"{name}: table functions that read files or settings cannot be asked here", param="sql")
-    elif kind == "BASE_TABLE" and not str(node.get("table_name", "")).replace("_", "a").isalnum():
+    elif kind == "BASE_TABLE" and _LIKE_A_FILE.intersection(str(node.get("table_name", ""))):
         raise QueryError(f"{node.get('table_name')}: there is no such table or view", param="sql")
     elif node.get("class") == "FUNCTION" and str(node.get("function_name", "")).lower() in _FORBIDDEN:
         raise QueryError(f"{node['function_name']}: cannot be asked here", param="sql")

@@ -9,21 +9,23 @@ import orjson
 import pyarrow as pa
 
 ARROW = "application/vnd.apache.arrow.stream"
-_BATCH_ROWS = 2048
 
 
 @dataclass(frozen=True)
 class Table:
-    """At most the asked number of rows; `truncated` says that there were more."""
+    """At most the asked number of rows; `truncated` says that there were more, `next` is the cursor of those that were
+    asked for and did not fit."""
 
     data: pa.Table
     truncated: bool
+    next: str | None = None
 
     def json(self) -> dict[str, Any]:
-        """{"columns": [...], "rows": [[...]], "truncated"}: no NaN, dates and decimals as text."""
+        """{"columns": [...], "rows": [[...]], "truncated", "next"?}: no NaN, dates and decimals as text."""
         columns = [_column(column) for column in self.data.columns]
         rows = [list(row) for row in zip(*columns, strict=True)]
-        return {"columns": self.data.column_names, "rows": rows, "truncated": self.truncated}
+        body = {"columns": self.data.column_names, "rows": rows, "truncated": self.truncated}
+        return body if self.next is None else {**body, "next": self.next}
 
     def arrow(self) -> bytes:
         """An Arrow IPC stream."""
@@ -31,13 +33,6 @@ class Table:
         with pa.ipc.new_stream(sink, self.data.schema) as writer:
             writer.write_table(self.data)
         return bytes(sink.getvalue())
-
-
-def collect(relation: Any, limit: int) -> Table:
-    """The first `limit` rows of a DuckDB relation, read as they come."""
-    reader = relation.limit(limit + 1).to_arrow_reader(_BATCH_ROWS)
-    data = pa.Table.from_batches(reader, reader.schema)
-    return Table(data.slice(0, limit), data.num_rows > limit)
 
 
 def parsed(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -199,17 +199,17 @@ class Redaction(Section):
 
 
 class Storage(Section):
-    """Where the journal and the projection live."""
+    """Where the journal and the projection live, and how long what is in them."""
 
     data_dir: Path = Path("data")
+    archive_after: int | None = Field(default=2, ge=1)  # days
+    retention: int | None = Field(default=None, ge=1)  # days
     memory_limit_mb: int = Field(default=1024, ge=64)
     query_timeout: float = Field(default=30, gt=0)
     max_answer_mb: float = Field(default=16, gt=0)
     redaction: Redaction = Redaction()
 
 
-class Settings(Section):
-    """Everything. `load` builds it; nothing else reads the environment or the file."""
 class OtlpOut(Section):
     """Where recorded spans and rewards are sent as OTLP; without `endpoint`, nowhere."""
 
@@ -234,6 +234,8 @@ class Export(Section):
     otlp: OtlpOut = OtlpOut()
 
 
+class Settings(Section):
+    """Everything. `load` builds it; nothing else reads the environment or the file."""
 
     server: Server = Server()
     upstream: Upstream = Upstream()
@@ -245,9 +247,9 @@ class Export(Section):
     rewards: Rewards = Rewards()
     gate: Gate = Gate()
     store: Storage = Storage()
+    export: Export = Export()
 
     @property
-    export: Export = Export()
     def models(self) -> tuple[ModelEntry, ...]:
         """Every model with a target of its own: `model_list`, and each engine's base model."""
         return (*self.model_list, *(engine.as_model for engine in self.engines))

@@ -72,6 +72,12 @@ SELECT (SELECT count(*) FROM rewards_v WHERE target_kind <> 'episode' AND episod
 """
 _UNMATCHED_SECONDS = 10.0
 
+_LOADED_DAYS = "SELECT DISTINCT day FROM _segments WHERE day < $before ORDER BY day"
+_ROWS_OF_DAY = """
+SELECT (SELECT count(*) FROM spans WHERE day = $day), (SELECT count(*) FROM rewards WHERE day = $day),
+  (SELECT count(*) FROM _segments WHERE day = $day)
+"""
+
 _LAST_BATCH = """
 SELECT greatest((SELECT coalesce(max(batch), 0) FROM spans), (SELECT coalesce(max(batch), 0) FROM _segments),
   (SELECT coalesce(max(batch), 0) FROM _folds))
@@ -134,6 +140,8 @@ class Store:
         self._batch = 0  # the number of the last transaction that loaded
         self._behind = True  # whether `episodes` may lack something
         self._unfolded = 0  # lines loaded since `episodes` was brought up to date
+        self._cursors = paging.Cursors()
+        self._closed: set[int] = set()  # days that are being written to the archive
         self._unmatched = (0.0, 0)  # (good until, how many)
         self.archive = archive.Archive(self._journal.parent / archive.FOLDER)
         self._con = self._open()
@@ -147,6 +155,7 @@ class Store:
 
     def close(self) -> None:
         """Write a checkpoint, so that the next start replays nothing."""
+        self._cursors.sweep(0.0)
         self.fold()
         with self._lock:
             with contextlib.suppress(duckdb.Error):
@@ -293,7 +302,7 @@ class Store:
         with self._cursor() as cursor:
             cursor.execute("BEGIN")
             try:
-                insert(cursor, segments, self._batch + 1)
+                insert(cursor, segments, self._batch + 1, frozenset(self._closed))
                 with self._commits:
                     cursor.execute("COMMIT")
                     self._batch += 1
@@ -318,6 +327,63 @@ class Store:
                 with contextlib.suppress(duckdb.Error):
                     cursor.execute("ROLLBACK")
         return True
+
+    # Days
+
+    def loaded_days(self, before: int) -> list[int]:
+        """Days (since 1970) before one whose segments are loaded and not in the archive, ascending."""
+        with self._cursor() as cursor:
+            return [day for (day,) in cursor.execute(_LOADED_DAYS, {"before": before}).fetchall()]
+
+    def rows_of_day(self, day: int) -> tuple[int, int, int]:
+        """How many spans, rewards and segments a day has."""
+        with self._cursor() as cursor:
+            spans, rewards, segments = cursor.execute(_ROWS_OF_DAY, {"day": day}).fetchall()[0]
+        return spans, rewards, segments
+
+    def close_day(self, day: int) -> list[tuple[str, int]]:
+        """No row is added to this day any more; returns its segments, (name, bytes) each."""
+        self._closed.add(day)
+        with self._cursor() as cursor:
+            return list(
+                cursor.execute("SELECT name, bytes FROM _segments WHERE day = ? ORDER BY name", [day]).fetchall()
+            )
+
+    def reopen_day(self, day: int) -> None:
+        """The day was not archived after all."""
+        self._closed.discard(day)
+
+    def write_part(self, day: int, segments: Sequence[tuple[str, int]], lines: archive.Lines) -> archive.Part:
+        """Write a closed day to the archive. Raises Unavailable where the store has less than the journal."""
+        with self._cursor() as cursor:
+            cursor.execute("BEGIN")
+            part = self.archive.write(cursor, day, segments, lines)
+            cursor.execute("ROLLBACK")
+        return part
+
+    def take_out(self, part: archive.Part) -> None:
+        """The payloads of an archived day are read from its file from now on."""
+        with self._cursor() as cursor:
+            cursor.execute("BEGIN")
+            archive.close_day(cursor, part)
+            with self._commits:
+                cursor.execute("COMMIT")
+                self.archive.refresh(cursor)
+        self._closed.discard(part.day)
+
+    def remove_day(self, day: int) -> None:
+        """A day that retention has marked leaves the database."""
+        with self._cursor() as cursor, self._commits:
+            cursor.execute("BEGIN")
+            archive.remove_day(cursor, day)
+            cursor.execute("COMMIT")
+            self._behind = True
+            self.archive.refresh(cursor)
+
+    def checkpoint(self) -> None:
+        """Give room back, unless a reader is in the way: then the engine does it later."""
+        with contextlib.suppress(duckdb.Error), self._cursor() as cursor:
+            cursor.execute("CHECKPOINT")
 
     # Reading
 
@@ -400,26 +466,67 @@ class Store:
         with self._snapshot() as cursor:
             return _reader(cursor)(statement, where or {})
 
-    def query(self, sql: str, limit: int) -> results.Table:
-        """The first `limit` rows of one SELECT, in a read-only transaction, stopped after `store.query_timeout`.
+    def query(self, sql: str, limit: int, page: int | None = None) -> results.Table:
+        """The first `limit` rows of one SELECT, in a read-only transaction; each page is stopped after
+        `store.query_timeout`. What does not fit on a page (of `page` rows, and a bound in bytes) is had by `more`.
 
         Raises QueryError with the engine's own words.
         """
-        with self._snapshot() as cursor:
+        with contextlib.ExitStack() as stack:
+            cursor = stack.enter_context(self._snapshot())
             statement = one_select(cursor, sql)
-            timer = threading.Timer(self._settings.query_timeout, cursor.interrupt)
-            timer.start()
-            try:
-                return results.collect(cursor.sql(statement), limit)
-            except duckdb.InterruptException:
-                seconds = self._settings.query_timeout
-                raise QueryError(f"stopped after {seconds:g} s; narrow the query", code="query_timeout") from None
-            except _FATAL:
-                raise
-            except (duckdb.Error, RuntimeError) as error:
-                raise QueryError(str(error), param="sql") from None
-            finally:
-                timer.cancel()
+            with _told():
+                relation = cursor.sql(statement)
+                release = stack.pop_all().close
+                try:
+                    asked = paging.begin(relation, limit, release, lambda: self._bounded(cursor))
+                except BaseException:
+                    release()
+                    raise
+        return self._page(asked, page or limit)
+
+    def more(self, token: str, page: int | None = None) -> results.Table:
+        """The next page of a query. Raises NotFound when it is not open any more, QueryError."""
+        asked = self._cursors.take(token)
+        return self._page(asked, page or asked.rows)
+
+    def sweep(self) -> None:
+        """Close queries whose next page nobody has asked for in a while: they hold back the engine's checkpoints."""
+        self._cursors.sweep()
+
+    def _page(self, asked: paging.Open, rows: int) -> results.Table:
+        try:
+            with _told():
+                table = asked.page(rows)
+        except BaseException:
+            asked.release()
+            raise
+        return replace(table, next=self._cursors.keep(asked))
+
+    @contextlib.contextmanager
+    def _bounded(self, cursor: "duckdb.DuckDBPyConnection") -> Iterator[None]:
+        seconds = self._settings.query_timeout
+        timer = threading.Timer(seconds, cursor.interrupt)
+        timer.start()
+        try:
+            yield
+        except duckdb.InterruptException:
+            raise QueryError(f"stopped after {seconds:g} s; narrow the query", code="query_timeout") from None
+        finally:
+            timer.cancel()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """The engine's errors as the asker's, unless they are the engine's own fault."""
+    try:
+        yield
+    except _FATAL:
+        raise
+    except (duckdb.Error, RuntimeError, pa.ArrowException) as error:
+        if "INTERRUPT" in str(error):
+            raise QueryError("stopped, it took too long; narrow the query", code="query_timeout") from None
+        raise QueryError(str(error), param="sql") from None
 
 
 def _reader(cursor: "duckdb.DuckDBPyConnection") -> pages.Rows:

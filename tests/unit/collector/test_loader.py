@@ -164,6 +164,62 @@ def test_a_failure_is_counted_and_tried_again(world: World, monkeypatch: pytest.
     assert world.loader.counters.lag_s == 0.0
 
 
+def test_a_segment_that_cannot_be_read_is_left_aside_and_the_rest_is_loaded(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (world.directory / "1-w0-1-aa.ndjson").mkdir()
+    write(world.data_dir, call(1), call(2))
+    assert world.loader.load_once() == 2
+    assert world.loader.counters.unreadable == 1
+    assert "directory" in (world.loader.counters.last_error or "")
+    (world.directory / "1-w0-1-aa.ndjson").rmdir()
+    (world.directory / "1-w0-1-aa.ndjson").write_bytes(encode("span", call(3)))
+    assert world.loader.load_once() == 0, "not tried again at once"
+    monkeypatch.setattr(world.loader, "_unreadable", {"1-w0-1-aa": 0.0})
+    assert world.loader.load_once() == 1
+    assert world.loader.counters.unreadable == 0
+
+
+def test_a_process_without_descriptors_blames_no_segment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(world.data_dir, call(1))
+
+    def exhausted(*_: Any) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", exhausted)
+        assert world.loader.load_once() == 0
+    assert (world.loader.counters.unreadable, world.loader.counters.errors) == (0, 1)
+    assert world.loader.load_once() == 1
+
+
+def test_a_batch_is_due_by_size_or_by_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not world.loader.due()
+    write(world.data_dir, call(1))
+    assert world.loader.due()
+    world.loader.load_once()
+    assert not world.loader.due()
+    write(world.data_dir, call(2))
+    monkeypatch.setattr(world.loader, "_last", loader_module.time.monotonic() + 60)
+    assert not world.loader.due()
+    write(world.data_dir, call(3, tools="x" * (5 << 20)))
+    assert world.loader.due()
+
+
+@pytest.mark.parametrize("years", [-20, 20])
+def test_a_clock_that_jumps_loads_everything_once(world: World, monkeypatch: pytest.MonkeyPatch, years: int) -> None:
+    real = loader_module.time.time_ns
+    write(world.data_dir, call(1))
+    monkeypatch.setattr("time.time_ns", lambda: real() + years * 365 * 86_400 * 1_000_000_000)
+    write(world.data_dir, call(2))
+    assert world.loader.load_once() == 2
+    monkeypatch.undo()
+    write(world.data_dir, call(3))
+    assert world.loader.load_once() == 1
+    assert world.rows("SELECT count(*), count(DISTINCT span_id) FROM spans") == [[3, 3]]
+    assert world.loader.counters.lag_s == 0.0
+
+
 def test_a_fatal_error_of_the_engine_opens_the_store_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     write(world.data_dir, call(1))
 
