@@ -26,6 +26,7 @@ from optimize.apo.parts import Part, cut, render
 from optimize.apo.pool import Limits, Pool, Subset
 from optimize.apo.state import Failure, Proposer, State
 from optimize.apo.templates import guard
+from optimize.apo.trial import Trial
 from optimize.budget import Budget
 from optimize.dataset import Task
 from optimize.evaluation import Outcome, Request
@@ -45,6 +46,8 @@ class Params:
     edit_batch: int = 8  # failures shown to an editor at once
     edit_every: int = 6  # rollouts between two calls at least, doubled up to 4 times while nothing new comes
     edit_calls: int = 60
+    places: int = 4  # parts at most that are also tried as the last instruction
+    place_after: int = 60  # rollouts before the first of them, and 24 between two
     thompson: float = 0.7  # standard deviations of a draw, relative to the posterior's
     success: float = 0.95  # rewards from here on are no failures to learn from
     confident: float = 0.9  # P(gain > 0) from which a prompt other than the seed is reported
@@ -54,13 +57,19 @@ class Params:
     compare_after: int = 40
     clear: float = 0.98  # P(gain > 0) from which it is clear
     headroom: float = 0.95  # a seed with this mean reward has nothing to gain
-    headroom_rollouts: int = 20
+    headroom_rollouts: int = 40
     keep: float = 0.005  # reward that an added part must be worth to stay in the result
     worth: float = 0.03  # smallest gain worth searching for
     stop_early: bool = True
     hope: float = 0.1  # P(gain > worth) below which a run has no hope
     patience: int = 64  # rollouts without hope that end a run
-    stop_after: int = 160  # rollouts before which no run ends for want of hope or by convergence
+    stop_after: int = 120  # rollouts before which no run ends for want of hope or by convergence
+    trial: float = 0.3  # share of the budget for a last direct comparison of leader and seed, if the model is not sure
+    trial_most: int = 180  # pairs in it
+    trial_pairs: int = 32  # pairs of a comparison before a search is given up
+    trial_sd: float = 0.15  # of a leader's gain before the comparison, whose mean is 0
+    hope_after_trial: float = 0.1  # P(gain > worth) in the comparison from which the search goes on
+    dried: int = 3  # calls of an editor without anything new: before, what it may still find is not accounted for
     stop_loss: float = 0.02  # expected loss of reward that ends a run as converged
     limits: Limits = field(default_factory=Limits)
     priors: Priors = field(default_factory=Priors)
@@ -165,6 +174,8 @@ class _Search:
         self.started = time.monotonic()
         self.spent = False
         self.blocks = 0
+        self.trial: Trial | None = None
+        self.last_trial = False
         self.hopeful = 0  # number of rollouts when there was hope last
 
     async def run(self) -> SearchResult:
@@ -177,11 +188,15 @@ class _Search:
             leader = self.pool.best(posterior.mean)
             self._report(posterior, leader)
             stop = self._why_stop(posterior, leader)
+            if await self._tried(posterior, leader, stop):
+                posterior, stop = self._fit(), None
+                continue
             if stop is not None:
                 break
             await self._roll(self._design(posterior, leader))
             if self._proposal_due():
                 await self._propose(leader)
+            self._place(posterior, leader)
             posterior = self._fit()
         return self._result(posterior, *stop)
 
@@ -202,7 +217,9 @@ class _Search:
         return float(np.mean([row.score for row in self.rows])) if self.rows else 0.0
 
     def _fit(self) -> Posterior:
-        return self.model.fit(self.evidence, self.pool.traits(len(self.tasks), self.params.priors))
+        posterior = self.model.fit(self.evidence, self.pool.traits(len(self.tasks), self.params.priors))
+        self.pool.admit(posterior)
+        return posterior
 
     def _block(self) -> int:
         if self.params.block is not None:
@@ -219,21 +236,68 @@ class _Search:
         taken: set[int] = set()
         compared = self._compared(posterior, leader)
         while len(pairs) < self._block():
-            subset = compared.pop() if compared else self.pool.best(posterior.draw(self.rng, self.params.thompson))
+            subset = compared.pop() if compared else self._drawn(posterior)
             count = min(self.params.reps, self._block() - len(pairs))
             chosen = self._pick(count, frozenset(taken), subset)
             taken.update(chosen)
             pairs += [(self._fair(subset, task), task) for task in chosen]
         return pairs
 
+    def _drawn(self, posterior: Posterior) -> Subset:
+        values = posterior.draw(self.rng, self.params.thompson)
+        return self.pool.probe(self.pool.best(values), values, self.rng)
+
     def _compared(self, posterior: Posterior, leader: Subset) -> list[Subset]:
-        """The seed or the leader, each in one of `compare` blocks, while P(gain > 0) is neither small nor large."""
+        """The seed or the leader, each in one of `compare` blocks, while the gain is unclear."""
         self.blocks += 1
         if self.blocks % self.params.compare > 1 or len(self.rows) < self.params.compare_after:
             return []
         if self._gain(posterior, leader)[2] > self.params.clear:
             return []
         return [(self.pool.seed, leader)[self.blocks % self.params.compare]]
+
+    def _place(self, posterior: Posterior, leader: Subset) -> None:
+        """Has the strongest part that has not been tried there tried as the last instruction."""
+        placed = self.pool.placed()
+        if len(placed) >= self.params.places or len(self.rows) < self.params.place_after + 24 * len(placed):
+            return
+        lines = [
+            index
+            for index in leader
+            if self.pool.parts[index].kind in ("instruction", "format")
+            and not self.pool.parts[index].last
+            and self.pool.parts[index].id not in placed
+        ]
+        if len(leader) > 1 and lines:
+            self.pool.place_last(max(lines, key=lambda index: float(posterior.mean[self.pool.feature(index)])))
+
+    async def _tried(self, posterior: Posterior, leader: Subset, stop: tuple[Stop, str] | None) -> bool:
+        """Compares leader and seed directly where hope is gone, or the last share of the budget is reached unsure.
+
+        Draws seldom hold the seed alone, and rules that help only together look useless one by one: what the model does
+        not see, a comparison of two fixed prompts on the same tasks may. True if the search should go on after it.
+        """
+        reserved = min(self.params.trial_most, int(self.params.trial * self.budget.rollouts / 2))
+        last = stop is None and self.budget.left <= 2 * reserved and not self.last_trial
+        hopeless = stop is not None and stop[0] == "no gain"
+        pairs = min(self.params.trial_pairs if hopeless else reserved, self.budget.left // 2)
+        if pairs < 2 or leader == self.pool.seed or not (hopeless or last):
+            return False
+        if self._gain(posterior, leader)[2] >= self.params.confident:
+            return False
+        self.last_trial |= last
+        self.trial = await self._trial(self._plain(posterior, leader), pairs)
+        self.hopeful = len(self.rows)
+        return last or self.trial.p_above(self.params.worth) >= self.params.hope_after_trial
+
+    async def _trial(self, leader: Subset, pairs: int) -> Trial:
+        before = len(self.rows)
+        tasks = self._pick(pairs, frozenset(), leader)
+        await self._roll([(subset, task) for task in tasks for subset in (self.pool.seed, self._fair(leader, task))])
+        scores = np.array([row.score for row in self.rows[before:]])
+        return Trial.of(
+            leader, scores[1::2][: len(scores) // 2] - scores[::2][: len(scores) // 2], self.params.trial_sd
+        )
 
     def _pick(self, count: int, taken: frozenset[int], subset: Subset) -> list[int]:
         """`count` tasks, least used first, ties at random; tasks whose own example is in the subset come last."""
@@ -395,7 +459,7 @@ class _Search:
 
     def _converged(self, posterior: Posterior, leader: Subset) -> tuple[Stop, str] | None:
         """Whether stopping now loses next to nothing: the mean over draws of best value less the leader's value."""
-        if len(self.history) % 4 or len(self.rows) < self.params.stop_after:
+        if len(self.history) % 4 or len(self.rows) < self.params.stop_after or self.dry < self.params.dried:
             return None
         mine, loss, rng = self._weights(leader), 0.0, np.random.default_rng(len(self.rows))
         for _ in range(LOSS_DRAWS):
@@ -411,7 +475,7 @@ class _Search:
         if self.on_progress is None:
             return
         seconds = time.monotonic() - self.started
-        held = self.seed if p_gain < self.params.confident else self.pool.render(leader)
+        held = self.pool.render(self._sure(leader, gain, p_gain))
         self.on_progress(
             Progress(
                 rollouts=self.paid,
@@ -431,7 +495,9 @@ class _Search:
     def _result(self, posterior: Posterior, stop: Stop, reason: str) -> SearchResult:
         leader, doubt = self._plain(posterior, self.pool.best(posterior.mean)), self.params.doubt
         gain, sd, p_gain = self._gain(posterior, leader)
-        best = leader if p_gain >= self.params.confident and gain > 0 else self.pool.seed
+        best = self._sure(leader, gain, p_gain)
+        if best not in (leader, self.pool.seed) and self.trial is not None:
+            leader, gain, sd, p_gain = best, self.trial.mean, self.trial.sd, self.trial.p_above(0.0)
         return SearchResult(
             seed_template=self.seed,
             best_template=self.pool.render(best),
@@ -451,6 +517,14 @@ class _Search:
             rows=tuple(self.rows),
             proposals=tuple(self.proposals),
         )
+
+    def _sure(self, leader: Subset, gain: float, p_gain: float) -> Subset:
+        """What may be reported: the leader the model is sure of, else what a comparison was sure of, else the seed."""
+        if p_gain >= self.params.confident and gain > 0:
+            return leader
+        if self.trial is not None and self.trial.p_above(0.0) >= self.params.confident:
+            return self.trial.leader
+        return self.pool.seed
 
     def _plain(self, posterior: Posterior, leader: Subset) -> Subset:
         """The leader without the additions that the sceptic gives nothing for: nobody wants to read those in a prompt.

@@ -31,6 +31,7 @@ Array = NDArray[np.float64]
 TAUS = (0.03, 0.06, 0.12, 0.24)
 DOUBTS = (0.01, 0.03, 0.06, 0.12)
 SPREAD = 5.0  # a sceptic's sd of g, in units of tau
+FIXED = frozenset(("rewrite", "gate", "last"))
 TASK_SDS = (0.05, 0.15, 0.3)
 
 
@@ -46,6 +47,7 @@ class Priors:
     cited_factor: float = 1.5
     cited_most: float = 0.8
     step_sd: float = 0.08  # a rewrite against what it was made from
+    place_sd: float = 0.15  # a part that stands last, against the same part where it comes to stand
     gate_sd: float = 0.25  # the first member of a capped group, against none
     tau: float = 0.08
     task_sd: float = 0.15
@@ -57,7 +59,7 @@ class Priors:
 class Trait:
     """What the model knows of a feature (a part, or a gate) besides the rollouts it was in."""
 
-    group: str  # class of the hierarchy; "rewrite" and "gate" have fixed priors instead
+    group: str  # class of the hierarchy; those of `FIXED` have priors of their own instead
     score: float = 0.0  # z_j
     kappa: float = 0.0
     share: float = 0.0  # share of all tasks that cited it
@@ -191,6 +193,10 @@ class Posterior:
         """A Thompson draw (J,) of the values, with `scale` times the posterior's standard deviations."""
         return self.mean + scale * (self.root @ rng.standard_normal(self.root.shape[1]))
 
+    def sd(self, feature: int) -> float:
+        """The standard deviation of one value."""
+        return float(np.linalg.norm(self.root[feature]))
+
     def contrast(self, weights: Array) -> tuple[float, float]:
         """Mean and standard deviation of `weights (J,) @ values`."""
         return float(weights @ self.mean), float(np.linalg.norm(weights @ self.root))
@@ -255,7 +261,7 @@ class _Layout:
     """
 
     def __init__(self, traits: Sequence[Trait], priors: Priors) -> None:
-        groups = sorted({trait.group for trait in traits} - {"rewrite", "gate"})
+        groups = sorted({trait.group for trait in traits} - FIXED)
         cited = [j for j, trait in enumerate(traits) if trait.kappa > 0]
         first = 1 + len(groups) + 1
         self.size = first + len(traits) + len(cited) + 1
@@ -270,12 +276,13 @@ class _Layout:
         self.mean[first - 1], self._sd[first - 1] = priors.citation_slope
         self._tau = np.zeros(self.size, dtype=bool)
         self._spread = np.zeros(self.size, dtype=bool)
-        fixed = {"rewrite": priors.step_sd, "gate": priors.gate_sd}
+        fixed = {"rewrite": priors.step_sd, "gate": priors.gate_sd, "last": priors.place_sd}
         for j, trait in enumerate(traits):
             present = self.map[1 + 2 * j]
             present[first + j] = 1.0
             if trait.group in fixed:
                 self._sd[first + j] = fixed[trait.group]
+                self._spread[first + j] = trait.group == "last"
             else:
                 self._tau[first + j] = True
                 present[1 + groups.index(trait.group)] = 1.0

@@ -33,7 +33,8 @@ class Part:
 
     `group`: parts with the same group exclude each other. `source`: seed | bank | traces | editor. `cites`: ids of the
     tasks whose failures the part answers. `tasks`: ids of the tasks whose data the part contains; it is never tried on
-    them. `parent`: for a rewrite, the rewrite that it was made from.
+    them. `parent`: for a rewrite, the rewrite that it was made from; for a part that stands last, the same part where
+    it comes to stand. `last`: it follows all other instructions.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Part:
     cites: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     parent: str | None = None
+    last: bool = False
 
     @property
     def tokens(self) -> int:
@@ -147,7 +149,7 @@ def render(skeleton: Skeleton, parts: Iterable[Part]) -> str:
 
     Sentences at their old places, then instructions, then format lines (a line each where the seed has lines, else in
     the same paragraph), then demonstrations, each a block between blank lines. A rewrite among the parts takes the
-    skeleton's place. Parts of equal kind keep the order given.
+    skeleton's place. Parts of equal kind keep the order given, except those marked `last`.
     """
     chosen = list(dict.fromkeys(parts))
     rewrites = [part for part in chosen if part.kind == "rewrite"]
@@ -155,7 +157,8 @@ def render(skeleton: Skeleton, parts: Iterable[Part]) -> str:
         head, tail = rewrites[-1].text.strip(), ""
     else:
         head, tail = _head_and_tail(skeleton, {part.id for part in chosen})
-    lines = [part.text for kind in ("instruction", "format") for part in chosen if part.kind == kind]
+    ordered = [part for kind in ("instruction", "format") for part in chosen if part.kind == kind]
+    lines = [part.text for part in sorted(ordered, key=lambda part: part.last)]
     shots = [part.text for part in chosen if part.kind == "demonstration"]
     if not lines and not shots:
         return head + tail

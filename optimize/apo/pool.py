@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from optimize.apo.model import Array, Evidence, Priors, Trait
+from optimize.apo.model import Array, Evidence, Posterior, Priors, Trait
 from optimize.apo.parts import Part, Skeleton, made_of, render, same_as, words
 
 Subset = tuple[int, ...]  # indices of parts, ascending
 DEMONSTRATIONS = "demonstration"
+PROVEN = 1.0  # standard deviations above 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Pool:
         self._gate = evidence.grow()
         self._shown: list[Shown] = []
         self._born: list[int] = []
+        self._admitted: set[int] = set()
         self._pinned = [Part(f"pinned-{index}", "sentence", text) for index, text in enumerate(skeleton.pinned)]
         for part in sentences:
             self._append(part)
@@ -55,7 +57,7 @@ class Pool:
 
         Text of an editor is matched with all its words (IDF-weighted); curated parts and demonstrations exactly.
         """
-        known = [known for known in self.parts if known.kind != "rewrite"]
+        known = [known for known in self.parts if known.kind != "rewrite" and not known.last]
         if part.source == "editor" and part.kind not in ("demonstration", "rewrite"):
             if same_as(part.text, self._pinned) is not None:
                 return self._no(part, "says what the prompt says already")
@@ -63,13 +65,42 @@ class Pool:
             if same is None and made_of(part.text, known):
                 return self._no(part, "is made of known parts")
         else:
-            same = next((other for other in self.parts if words(other.text) == words(part.text)), None)
+            same = next((one for one in self.parts if words(one.text) == words(part.text) and not one.last), None)
         if same is not None:
             return self.parts.index(same), False
         if len(self.parts) >= self.limits.max_parts:
             return self._no(part, f"{self.limits.max_parts} parts are known already")
         self._join_group(part)
         return self._append(part), True
+
+    def place_last(self, index: int) -> None:
+        """Adds the same part once more, to stand last: its feature is what that adds. The two exclude each other."""
+        part = self.parts[index]
+        group = part.group or f"place of {part.id}"
+        self.parts[index] = replace(part, group=group)
+        self._append(replace(part, id=f"{part.id}-last", group=group, parent=part.id, last=True))
+
+    def probe(self, subset: Subset, values: Array, rng: np.random.Generator) -> Subset:
+        """The subset, in half of all cases with the part at the end that gains most by it in a draw of `values`."""
+        twins = [index for index, part in enumerate(self.parts) if part.last and self._base(index) in subset]
+        best = max(twins, key=lambda index: float(values[self._feature[index]]), default=None)
+        if best is None or values[self._feature[best]] < 0 or rng.random() < 0.5:
+            return subset
+        if any(self.parts[index].last for index in subset):
+            return subset
+        return tuple(sorted({*subset, best} - {self._base(best)}))
+
+    def admit(self, posterior: Posterior) -> None:
+        """A place counts for the best subset from the time on when its effect is no noise any more."""
+        self._admitted = {
+            index
+            for index, part in enumerate(self.parts)
+            if part.last and posterior.mean[self._feature[index]] > PROVEN * posterior.sd(self._feature[index])
+        }
+
+    def placed(self) -> set[str]:
+        """The ids of the parts that may stand last."""
+        return {part.parent for part in self.parts if part.last and part.parent is not None}
 
     def find(self, part_id: str) -> int | None:
         """The index of the part with this id."""
@@ -108,7 +139,7 @@ class Pool:
         return self._feature[index]
 
     def features(self, subset: Subset) -> list[int]:
-        """The model's features of a subset: its parts, a rewrite's ancestors, and the gate if it has demonstrations."""
+        """The model's features of a subset: its parts, their ancestors, and the gate if it has demonstrations."""
         chosen = set(subset)
         for index in subset:
             parent = self.parts[index].parent
@@ -135,7 +166,7 @@ class Pool:
         """Standardised log citation rates while absent; 0 for parts that no editor proposed."""
         rates = np.full(len(self.parts), np.nan)
         for index, part in enumerate(self.parts):
-            if part.source == "editor":
+            if part.source == "editor" and not part.last:
                 absent = [shown for shown in self._shown[self._born[index] :] if index not in shown.subset]
                 cites = sum(index in shown.cited for shown in absent)
                 rates[index] = math.log((cites + 0.5) / (len(absent) + 10.0))
@@ -148,6 +179,9 @@ class Pool:
     def best(self, values: Array) -> Subset:
         """The subset with the highest sum of `values` (one a feature) less the price of its tokens."""
         net = np.array([values[self._feature[index]] for index in range(len(self.parts))])
+        for index, part in enumerate(self.parts):
+            if part.last:
+                net[index] += values[self._feature[self._base(index)]] if index in self._admitted else -np.inf
         net -= self.limits.token_price * np.array([part.tokens for part in self.parts])
         chosen = self._lines(net, ("instruction", "format")) + self._shots(net, float(values[self._gate]))
         sentences = self._lines(net, ("sentence",))
@@ -161,7 +195,20 @@ class Pool:
 
     def _lines(self, net: Array, kinds: tuple[str, ...]) -> list[int]:
         wanted = [index for index, part in enumerate(self.parts) if part.kind in kinds and net[index] > 0]
-        return self._exclusive(wanted, net)
+        return self._one_last(self._exclusive(wanted, net), net)
+
+    def _base(self, index: int) -> int:
+        """The part that a `last` one is made from."""
+        parent = self.parts[index].parent
+        return next(at for at, part in enumerate(self.parts) if part.id == parent)
+
+    def _one_last(self, chosen: Sequence[int], net: Array) -> list[int]:
+        """Only one part can stand last: the one that gains most by it; the others go back to where they stood."""
+        lasts = [index for index in chosen if self.parts[index].last]
+        best = max(lasts, key=lambda index: float(net[index] - net[self._base(index)]), default=None)
+        back = [self._base(index) for index in lasts if index != best]
+        kept = [index for index in chosen if not self.parts[index].last or index == best]
+        return kept + [index for index in back if net[index] > 0]
 
     def _exclusive(self, indices: Sequence[int], net: Array) -> list[int]:
         """The indices with at most one member of each group: the best."""
@@ -203,4 +250,6 @@ class Pool:
 
 
 def _class(part: Part) -> str:
+    if part.last:
+        return "last"
     return "added" if part.kind in ("instruction", "format") else part.kind
