@@ -123,6 +123,10 @@ class Budget:
         with self._lock:
             self._began -= seconds
 
+    def part(self, rollouts: int) -> "Budget":
+        """A budget of up to `rollouts` out of this one: what it spends, this one spends."""
+        return _Part(self, rollouts)
+
     def _left(self) -> int:
         return min(self.rollouts - self._spent, self._by_price(self.keep))
 
@@ -144,3 +148,58 @@ class Budget:
         used = self._clock() - self._began if name == "seconds" else self._used[name]
         kept = (self.keep if keep is None else keep) * MARGIN * self._price[name]
         return limit - used - (kept / self._at_once if name == "seconds" else kept)
+
+
+class _Part(Budget):
+    """Rollouts are bounded by both; tokens, money and seconds are the whole's alone."""
+
+    def __init__(self, whole: Budget, rollouts: int) -> None:
+        super().__init__(rollouts)
+        self._whole = whole
+
+    @property
+    def limited(self) -> tuple[str, ...]:
+        """See Budget."""
+        return self._whole.limited
+
+    def _by_price(self, keep: int) -> int:
+        """The whole knows prices; this is only a count."""
+        return self.rollouts
+
+    @property
+    def left(self) -> int:
+        """See Budget."""
+        return min(super().left, self._whole.left)
+
+    @property
+    def used(self) -> dict[str, float]:
+        """See Budget: of the whole."""
+        return self._whole.used
+
+    def reserve(self, n: int) -> int:
+        """See Budget."""
+        mine = super().reserve(n)
+        granted = self._whole.reserve(mine)
+        super().refund(mine - granted)
+        return granted
+
+    def refund(self, n: int) -> None:
+        """See Budget."""
+        super().refund(n)
+        self._whole.refund(n)
+
+    def settle(self, tokens: int | None = None, usd: float | None = None, seconds: float = 0.0) -> None:
+        """See Budget."""
+        self._whole.settle(tokens, usd, seconds)
+
+    def settle_call(self, tokens: int | None = None, usd: float | None = None) -> None:
+        """See Budget."""
+        self._whole.settle_call(tokens, usd)
+
+    def affords_call(self) -> bool:
+        """See Budget."""
+        return self._whole.affords_call()
+
+    def affordable(self, n: int) -> int:
+        """See Budget."""
+        return self._whole.affordable(n)

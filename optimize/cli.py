@@ -186,7 +186,10 @@ def _sum_up(rollouts: list[Rollout], seconds: float, as_json: bool) -> None:
 @optimize_app.command("apo")
 @command
 def apo(
-    slot: Annotated[str, typer.Option(help="The prompt to improve; an unknown name adopts the agent's own prompt.")],
+    slot: Annotated[
+        list[str],
+        typer.Option(help="The prompt to improve; an unknown name adopts the agent's own. Repeatable: all together."),
+    ],
     agent: Annotated[
         list[str] | None, typer.Argument(help="The agent: -- python agent.py", metavar="-- COMMAND")
     ] = None,
@@ -229,7 +232,7 @@ def apo(
     if tasks is not None and not replay:
         split(load_tasks(tasks), held_out, seed)
     spec = ApoSpec(
-        slot=slot,
+        slot=",".join(slot),
         tasks="" if tasks is None else str(tasks),
         command=tuple(agent or ()),
         grader=grade,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from collector.errors import Unavailable
 from optimize.budget import Budget
 from optimize.dataset import Task
 from optimize.evaluation import Outcome, Request
+from optimize.joint import divide
 from optimize.patience import patiently
 from optimize.rollout import INFRASTRUCTURE, Plan, Rollout, Rollouts
 
@@ -149,9 +151,14 @@ class JournalledEvaluator:
                 self._on_rollout(request, rollout)
 
     async def _pin(self, template: str) -> str:
+        """The pins of a prompt, or of the several that a joint one is made of."""
         if template not in self._candidates:
-            self._candidates[template] = await patiently(lambda: self._client.add_candidate(self._slot, template))
-        return f"{self._slot}@{self._candidates[template]}"
+            pins = [
+                f"{slot}@{await patiently(partial(self._client.add_candidate, slot, text))}"
+                for slot, text in divide(template, self._slot).items()
+            ]
+            self._candidates[template] = ",".join(pins)
+        return self._candidates[template]
 
     async def _known(self) -> dict[str, dict[str, Any]]:
         """What was paid before, by key."""

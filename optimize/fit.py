@@ -204,9 +204,9 @@ async def _job(trainer: "Trainer", bound: Bound, data: Data, client: Client, con
             reward = {"episode_id": rollout.episode_id, "value": rollout.reward, "idempotency_key": key}
             await patiently(lambda: client.reward(reward))
 
-    async def origin() -> Origin:
+    async def origin() -> dict[str, Origin]:
         added = await patiently(lambda: client.add_version(spec.slot, kind="prompt", template=template))
-        return Origin(template, int(added["version"]), adopted=False)
+        return {spec.slot: Origin(template, int(added["version"]), adopted=False)}
 
     rollouts = FunctionRollouts(
         lambda task, text: bound.call(data.originals[task.id], text),

@@ -76,23 +76,26 @@ def show_result(result: "ApoResult", console: Console) -> None:
         panels = [Panel(Text(text), title=name) for text, name in _prompts(result)]
         console.print(Columns(panels, equal=True, expand=True))
     console.print(f"{_verdict(result)} {escape(result.reason)}", highlight=False)
+    calls = "" if result.calls is None else f", {result.calls} model calls"
     console.print(
-        f"{result.rollouts} rollouts, {result.calls} model calls, {result.seconds:.0f} s. Report: {result.report}",
+        f"{result.rollouts} rollouts{calls}, {result.seconds:.0f} s. Report: {result.report}",
         highlight=False,
         soft_wrap=True,
     )
-    if result.version is not None and not result.promoted:
-        share = "" if result.verdict == "promote" else " --traffic 0.1"
-        console.print(f"Yours to decide: ratchet promote {result.slot} {result.version}{share}", highlight=False)
+    share = "" if result.verdict == "promote" else " --traffic 0.1"
+    for slot, version in result.versions.items() if not result.promoted else ():
+        console.print(f"Yours to decide: ratchet promote {slot} {version}{share}", highlight=False)
 
 
 def _prompts(result: "ApoResult") -> list[tuple[str, str]]:
-    name = "candidate" if result.version is None else f"{result.slot}@{result.version}"
-    return [(result.seed_template, f"{result.slot}@{result.seed_version}"), (result.best_template, name)]
+    names = ", ".join(f"{slot}@{version}" for slot, version in result.versions.items()) or "candidate"
+    before = f"{result.slot}@{result.seed_version}" if len(result.versions) < 2 else result.slot
+    return [(result.seed_template, before), (result.best_template, names)]
 
 
 def _verdict(result: "ApoResult") -> str:
     if result.promoted:
-        return f"[bold green]promoted {escape(result.slot)}@{result.version}[/]:"
+        names = ", ".join(f"{slot}@{version}" for slot, version in result.versions.items())
+        return f"[bold green]promoted {escape(names)}[/]:"
     colours = {"promote": "green", "shadow": "yellow", "reject": "red"}
     return f"[bold {colours[result.verdict]}]{result.verdict}[/]:"

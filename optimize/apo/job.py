@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from collector.settings import Settings
 from optimize.apo.costs import compare, within
 from optimize.apo.editor import LLMEditor
 from optimize.apo.engine import Engine, Problem, Progress, Row, SearchResult
+from optimize.apo.joint import Joint
 from optimize.apo.origin import Origin
 from optimize.apo.proposers import Chain
 from optimize.apo.replay import ProposalLog, ReplyLog, row_of
@@ -25,10 +27,11 @@ from optimize.apo.setup import Setup, agent_setup, replay_setup
 from optimize.apo.spec import CANARY_SHARE, ApoSpec, check
 from optimize.apo.state import Proposer
 from optimize.budget import Budget
-from optimize.evaluate import JournalledEvaluator, version_hash
+from optimize.evaluate import JournalledEvaluator, tokens, version_hash
 from optimize.evaluation import Outcome, Request
 from optimize.gate import Verdict, decide
 from optimize.jobs import Job, JobCancelled, JobLock, decoded, new_job_id
+from optimize.joint import divide, join
 from optimize.patience import patiently
 from optimize.rollout import Rollout
 
@@ -119,7 +122,8 @@ class _Work:
     ) -> None:
         self.spec, self.setup, self.client, self.settings = spec, setup, client, settings
         self.search_tasks, self.held = setup.search, setup.held
-        self.engine = engine_of(spec.engine)
+        self.engine = Joint(engine_of(spec.engine))
+        self.origins: dict[str, Origin] = {}
         self.data_dir = Path(settings.store.data_dir)
         self.job = Job(client, job_id, "apo", spec.slot, spec.as_dict())
         self._say = on_progress or (lambda stage: None)
@@ -174,18 +178,20 @@ class _Work:
         for note in self.setup.notes:
             self._enter("origin", 0, note)
         self._enter("origin", 0, f"{len(self.search_tasks)} tasks to search on, {len(self.held)} held out")
-        origin = await self.setup.origin()
-        if origin.adopted:
-            self._enter("origin", 0, f"adopted the agent's own prompt as {self.spec.slot}@{origin.version}")
-        await self._probe(origin.template)
-        found = await self._search(origin)
+        self.origins = await self.setup.origin()
+        for slot, origin in self.origins.items():
+            if origin.adopted:
+                self._enter("origin", 0, f"adopted the agent's own prompt as {slot}@{origin.version}")
+        seed = self._seed()
+        await self._probe(seed)
+        found = await self._search(seed)
         if found.stop == "failures":
             said = next((row.feedback for row in found.rows if not row.ok and row.feedback), "")
             raise RatchetError(f"the agent is broken: {found.reason}" + (f" ({said[-400:]})" if said else ""))
         pairs: tuple[HeldOut, ...] = ()
         gate: Verdict | None = None
         if found.changed:
-            pairs = await self._hold(origin.template, found.best_template)
+            pairs = await self._hold(seed, found.best_template)
         if len(pairs) >= 2:
             # Every candidate that these tasks have seen counts, whichever job brought it: held-out data wears out.
             tried = await self.evaluator.tried_on({task.id for task in self.held})
@@ -199,10 +205,15 @@ class _Work:
             )
         costs = compare(pairs, self.settings.gate)
         gate = within(gate, costs, self.settings.gate) if gate else None
-        result = await self._decided(origin, found, gate, pairs)
+        result = await self._decided(found, gate, pairs)
         result = replace(result, seconds=time.monotonic() - began, costs=costs, used=self.budget.used)
         path = await asyncio.to_thread(write_report, result, self.data_dir / "reports")
         return replace(result, report=path)
+
+    def _seed(self) -> str:
+        """The prompt to start from; of several slots, all of them as one."""
+        templates = {slot: origin.template for slot, origin in self.origins.items()}
+        return join(templates) if len(templates) > 1 else next(iter(templates.values()))
 
     async def _probe(self, template: str) -> None:
         """One rollout of the prompt as it is, where a limit needs to know what one costs."""
@@ -219,18 +230,18 @@ class _Work:
                 )
         self.budget.settle(outcome.tokens, outcome.cost_usd, outcome.seconds)
 
-    async def _search(self, origin: Origin) -> SearchResult:
+    async def _search(self, seed: str) -> SearchResult:
         self._enter("search", self.spec.budget, f"searching with at most {self.spec.budget} rollouts")
         folder = self.data_dir / "jobs"
         ask, complete = self.setup.ask, None
-        free = list(self.setup.free(origin))
+        free = list(self.setup.free(seed))
         if ask is not None:
             complete = ReplyLog(ask, folder / f"{self.job.job_id}.replies.jsonl", self.budget).complete
         proposers: list[Proposer] = [*free, *([LLMEditor(complete)] if complete else [])]
         log = ProposalLog(Chain(proposers), folder / f"{self.job.job_id}.proposals.jsonl")
         return await self.engine.search(
             Problem(
-                origin.template,
+                seed,
                 self.search_tasks,
                 self._evaluate,
                 self.budget,
@@ -280,52 +291,59 @@ class _Work:
             await self.job.report(rollouts=self._done)
         return outcomes
 
-    async def _decided(
-        self, origin: Origin, found: SearchResult, gate: Verdict | None, pairs: tuple[HeldOut, ...]
-    ) -> ApoResult:
+    async def _decided(self, found: SearchResult, gate: Verdict | None, pairs: tuple[HeldOut, ...]) -> ApoResult:
         """Register what deserves a number, promote what passed, say why in one sentence."""
-        version = revision = None
+        versions: dict[str, int] = {}
+        revision = None
         paid = await self.evaluator.evaluations()
         if gate is not None and gate.decision != "reject":
-            version = await self._register(origin, found, gate)
+            versions = await self._register(found, gate)
             if gate.decision == "promote" and self.spec.promote != "never":
-                revision = await self._promote(version, gate)
+                for slot, version in versions.items():
+                    revision = await self._promote(slot, version, gate)
         return ApoResult(
             job_id=self.job.job_id,
             slot=self.spec.slot,
             verdict=gate.decision if gate else "shadow" if found.changed else "reject",
             promoted=revision is not None,
             reason=_reason(found, gate),
-            seed_template=origin.template,
+            seed_template=found.seed_template,
             best_template=found.best_template,
-            seed_version=origin.version,
-            version=version,
+            seed_version=next(iter(self.origins.values())).version,
+            version=next(iter(versions.values()), None),
+            versions=versions,
             revision=revision,
             gate=gate,
             pairs=pairs,
             search=found,
             rollouts=len(paid),
-            calls=sum(event["calls"] or 0 for event in paid),
+            calls=tokens(event["calls"] for event in paid),
             seconds=0.0,
             notes=self.setup.notes,
         )
 
-    async def _register(self, origin: Origin, found: SearchResult, gate: Verdict) -> int:
-        body = {
-            "kind": "prompt",
-            "template": found.best_template,
-            "parent": origin.version,
-            "job_id": self.job.job_id,
-            "note": gate.reason,
-            "metrics": {"n": gate.n, "before": gate.before, "after": gate.after, "p_value": gate.p_value},
-        }
-        added = await patiently(lambda: self.client.add_version(self.spec.slot, **body))
-        return int(added["version"])
+    async def _register(self, found: SearchResult, gate: Verdict) -> dict[str, int]:
+        """The number of each slot's new version, of those whose prompt changed."""
+        versions = {}
+        for slot, template in divide(found.best_template, self.spec.slot).items():
+            if template == self.origins[slot].template:
+                continue
+            body = {
+                "kind": "prompt",
+                "template": template,
+                "parent": self.origins[slot].version,
+                "job_id": self.job.job_id,
+                "note": gate.reason,
+                "metrics": {"n": gate.n, "before": gate.before, "after": gate.after, "p_value": gate.p_value},
+            }
+            added = await patiently(partial(self.client.add_version, slot, **body))
+            versions[slot] = int(added["version"])
+        return versions
 
-    async def _promote(self, version: int, gate: Verdict) -> int:
+    async def _promote(self, slot: str, version: int, gate: Verdict) -> int:
         share = CANARY_SHARE if self.spec.promote == "canary" else 1.0
         how: dict[str, Any] = {"evidence": "gate", "job_id": self.job.job_id, "note": gate.reason}
-        return await patiently(lambda: self.client.promote(self.spec.slot, version, share, **how))
+        return await patiently(lambda: self.client.promote(slot, version, share, **how))
 
     def _settled(self, request: Request, rollout: Rollout) -> None:
         self._done += 1

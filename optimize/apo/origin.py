@@ -7,7 +7,7 @@ from typing import Any
 
 from collector.client import Client
 from collector.errors import BadInput, NotFound, RatchetError
-from collector.template import render
+from collector.template import invert, render
 from optimize.dataset import UNTOLD, Task
 from optimize.patience import patiently
 from optimize.rollout import Plan
@@ -25,16 +25,30 @@ class Origin:
     adopted: bool
 
 
-async def find(client: Client, runner: Runner, slot: str, tasks: Sequence[Task]) -> Origin:
-    """The version of `slot` that is dealt most; for an unknown slot the agent runs unpinned and its prompt is adopted.
+async def find(client: Client, runner: Runner, slots: Sequence[str], tasks: Sequence[Task]) -> dict[str, Origin]:
+    """The version of each slot that is dealt most. For unknown slots the agent runs unpinned and its prompts are
+    adopted, in the order in which it first uses them.
 
-    Raises BadInput for a slot that holds adapters or a prompt that cannot be told from the task's own text,
-    RatchetError where the agent makes no call.
+    Raises BadInput for a slot that holds adapters, a prompt that cannot be told from the task's own text, or another
+    number of prompts than of unknown slots; RatchetError where the agent makes no call.
     """
-    known = await live(client, slot)
-    if known is not None:
-        return known
-    template = await _observe(client, runner, tasks)
+    found = {slot: await live(client, slot) for slot in slots}
+    unknown = [slot for slot, origin in found.items() if origin is None]
+    templates = (
+        await _observe(client, runner, tasks, [origin for origin in found.values() if origin]) if unknown else []
+    )
+    if len(slots) > 1 and len(templates) != len(unknown):
+        raise BadInput(
+            f"the agent uses {len(templates)} prompts that no slot knows, but {len(unknown)} of the slots are new "
+            f"({', '.join(unknown)}): name one slot a prompt, in the order of their first calls",
+            param="slot",
+        )
+    for slot, template in zip(unknown, templates, strict=False):
+        found[slot] = await _adopt(client, slot, template)
+    return {slot: origin for slot, origin in found.items() if origin is not None}
+
+
+async def _adopt(client: Client, slot: str, template: str) -> Origin:
     note = "the agent's own prompt, read from its first call"
     added = await patiently(lambda: client.add_version(slot, kind="prompt", template=template, note=note))
     return Origin(template, added["version"], adopted=True)
@@ -54,21 +68,26 @@ async def live(client: Client, slot: str) -> Origin | None:
     return Origin(most["template"], most["version"], adopted=False)
 
 
-async def _observe(client: Client, runner: Runner, tasks: Sequence[Task]) -> str:
+async def _observe(client: Client, runner: Runner, tasks: Sequence[Task], known: Sequence[Origin]) -> list[str]:
+    """The templates behind the prompts of the agent's calls that none of `known` explains, in order of appearance."""
     chosen = list(tasks[:SAMPLES])
     rollouts = await runner.run_all([Plan(task) for task in chosen])
-    seen: list[tuple[Mapping[str, Any], str]] = []
+    seen: list[list[str]] = []
     for task, rollout in zip(chosen, rollouts, strict=True):
         try:
             steps = (await patiently(lambda at=rollout.episode_id: client.episode(at)))["steps"]  # type: ignore[misc]
         except NotFound:
             steps = []
-        text = prompt_of(steps[0]["input_messages"]) if steps else None
-        if text is None:
+        texts = [text for step in steps if (text := prompt_of(step["input_messages"])) is not None]
+        if not texts:
             why = f"{rollout.reason}: {rollout.detail}" if rollout.reason else "it ended without one"
             raise RatchetError(f"the agent made no call with a prompt to learn from on task {task.id!r}; {why}")
-        seen.append((task.data, text))
-    return template_of(seen)
+        own = [text for text in texts if all(invert(origin.template, text) is None for origin in known)]
+        seen.append(list(dict.fromkeys(own)))
+    count = min(len(texts) for texts in seen)
+    return [
+        template_of([(task.data, texts[at]) for task, texts in zip(chosen, seen, strict=True)]) for at in range(count)
+    ]
 
 
 def prompt_of(messages: Sequence[Mapping[str, Any]] | None) -> str | None:

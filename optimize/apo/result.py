@@ -49,7 +49,8 @@ def pair_of(outcomes: Sequence[Outcome]) -> HeldOut:
 class ApoResult:
     """The outcome. `gate` is None where no candidate reached it; `rollouts` were paid by this job, `calls` are theirs.
 
-    `version` is the candidate's number in the registry (None: rejected or none), `revision` the deployment's.
+    `version` is the candidate's number in the registry (None: rejected or none), `revision` the deployment's; where
+    several slots were searched together, `versions` has the number of each, and `version` is the first of them.
     """
 
     job_id: str
@@ -66,10 +67,11 @@ class ApoResult:
     pairs: tuple[HeldOut, ...]
     search: SearchResult
     rollouts: int
-    calls: int
+    calls: int | None
     seconds: float
     report: Path | None = None
     notes: tuple[str, ...] = ()
+    versions: Mapping[str, int] = field(default_factory=dict)  # of each slot whose prompt changed
     costs: Mapping[str, Comparison] = field(default_factory=dict)
     used: Mapping[str, float] = field(default_factory=dict)  # tokens, usd, seconds: rollouts and the optimizer's calls
 
@@ -82,6 +84,7 @@ class ApoResult:
             "reason": self.reason,
             "slot": self.slot,
             "version": self.version,
+            "versions": dict(self.versions),
             "revision": self.revision,
             "holdout": None if self.gate is None else holdout(self.gate),
             "rollouts": self.rollouts,

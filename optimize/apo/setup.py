@@ -23,22 +23,23 @@ from optimize.resend import Resend
 from optimize.rollout import Rollouts
 from optimize.runner import Runner
 
-Free = Callable[[Origin], Sequence[Proposer]]
+Free = Callable[[str], Sequence[Proposer]]
 
 
 @dataclass(frozen=True)
 class Setup:
     """The ingredients of one job.
 
-    `context` is all that decides a reward beside prompt and task; `free` makes the proposers that need no language
-    model; `ask` is the optimizer's model, None where there is none.
+    `context` is all that decides a reward beside prompt and task; `origin` finds the prompt that each slot starts from;
+    `free` makes the proposers that need no language model, for that prompt; `ask` is the optimizer's model, None where
+    there is none.
     """
 
     search: Sequence[Task]
     held: Sequence[Task]
     rollouts: Rollouts
     context: str
-    origin: Callable[[], Awaitable[Origin]]
+    origin: Callable[[], Awaitable[dict[str, Origin]]]
     free: Free
     ask: Ask | None
     notes: tuple[str, ...] = ()  # what a reader of the result has to know of them
@@ -66,8 +67,8 @@ def agent_setup(
         run_id=job_id,
     )
 
-    async def origin() -> Origin:
-        return await find(client, runner, spec.slot, search)
+    async def origin() -> dict[str, Origin]:
+        return await find(client, runner, spec.slots, search)
 
     return Setup(
         search,
@@ -105,11 +106,11 @@ async def replay_setup(
         priced=spec.budget_usd is not None,
     )
 
-    async def origin() -> Origin:
+    async def origin() -> dict[str, Origin]:
         found = await live(client, spec.slot)
         if found is None:
             raise BadInput(f"there is no slot {spec.slot} yet: see `ratchet slots discover`", param="slot")
-        return found
+        return {spec.slot: found}
 
     return Setup(
         search,
@@ -126,9 +127,9 @@ async def replay_setup(
 def traffic(client: Client, spec: ApoSpec, search: Sequence[Task], held: Sequence[Task]) -> Free:
     """The bank of format instructions, and demonstrations from the store's best episodes."""
 
-    def free(origin: Origin) -> Sequence[Proposer]:
+    def free(template: str) -> Sequence[Proposer]:
         async def successes() -> list[Example]:
-            return await gather(client, spec.slot, origin.template, search, held)
+            return await gather(client, spec.slot, template, search, held)
 
         return [Bank(), Demonstrations(source=successes, seed=spec.seed)]
 

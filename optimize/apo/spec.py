@@ -25,8 +25,9 @@ class ApoSpec:
     """`budget` is in rollouts of the search; the held-out test adds `replicates` times two a held-out task. The other
     budgets, where given, are for both together. `holdout`: count or share.
 
-    `mode`: agent runs `command` on the tasks, replay sends logged requests again (`force`: of several-step episodes
-    too), function calls a function of the process that began the job.
+    `slot`: one name, or several joined by commas, which are then searched and promoted together. `mode`: agent runs
+    `command` on the tasks, replay sends logged requests again (`force`: of several-step episodes too), function calls a
+    function of the process that began the job.
     """
 
     slot: str
@@ -53,6 +54,11 @@ class ApoSpec:
     runner: str = "local"
     engine_params: dict[str, Any] = field(default_factory=dict)
     started_ns: int = field(default_factory=time.time_ns)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The slots, of which `slot` is the list, joined by commas."""
+        return tuple(self.slot.split(","))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-safe."""
@@ -91,9 +97,18 @@ def check_params(params: Mapping[str, Any]) -> None:
             raise BadInput(f"{name} must be a whole number from 1 on, not {value!r}", param=name)
 
 
+def _check_slots(spec: ApoSpec) -> None:
+    for slot in spec.slots:
+        check_slot_name(slot)
+    if len(set(spec.slots)) < len(spec.slots):
+        raise BadInput(f"a slot is named twice in {spec.slot!r}", param="slot")
+    if len(spec.slots) > 1 and spec.mode == "replay":
+        raise BadInput("--replay sends single requests again, so it takes one slot", param="slot")
+
+
 def check(spec: ApoSpec) -> None:
     """Raise BadInput for what can be seen to be wrong before anything runs."""
-    check_slot_name(spec.slot)
+    _check_slots(spec)
     if spec.engine not in ENGINES:
         raise BadInput(f"there is no engine {spec.engine!r}; there are: {', '.join(ENGINES)}", param="engine")
     check_params(spec.engine_params)

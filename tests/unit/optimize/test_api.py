@@ -11,11 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from openai import AsyncOpenAI, OpenAI
 
 from collector.client import Local
 from collector.errors import BadInput, RatchetError
 from optimize.api import APO, FitResult, PromptTemplate, Trainer, rollout
 from optimize.fit import datasets
+from tests.fake_upstream import FakeUpstream, Received, Reply, chat
 
 TASKS = [{"question": f"Say {number}.", "expected": str(number)} for number in range(100, 140)]
 REWRITE = "You are a helper. Answer CURTLY with the number alone. {question}"
@@ -315,3 +317,34 @@ def test_no_task_is_both_searched_on_and_held_out() -> None:
     assert (len(same.search), len(same.held)) == (24, 16)
     twice = datasets([*TASKS, TASKS[0]], [], 0.4, 0)
     assert len({task.id for task in [*twice.search, *twice.held]}) == 41
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("sync", [False, True])  # the script's own async client is never closed, as in most scripts
+def test_the_real_openai_clients_work_with_their_base_url_alone(tmp_path: Path, sync: bool) -> None:
+    def model(request: Received) -> Reply:
+        text = request.json["messages"][-1]["content"]
+        return chat(Client()._answer(request.json["model"], text).choices[0].message.content)
+
+    with FakeUpstream(default=model) as upstream:
+        client: Any = (OpenAI if sync else AsyncOpenAI)(base_url=upstream.url, api_key="k")
+
+        async def later(task: dict[str, Any], prompt_template: PromptTemplate) -> float:
+            messages = [{"role": "user", "content": prompt_template.format(**task)}]
+            reply = await client.chat.completions.create(model="m", messages=messages)
+            return float(reply.choices[0].message.content == task["expected"])
+
+        def now(task: dict[str, Any], prompt_template: PromptTemplate) -> float:
+            messages = [{"role": "user", "content": prompt_template.format(**task)}]
+            reply = client.chat.completions.create(model="m", messages=messages)
+            return float(reply.choices[0].message.content == task["expected"])
+
+        trainer = Trainer(
+            algorithm=APO(inference_client=client, budget=60),
+            initial_resources={"prompt_template": prompt()},
+            data_dir=tmp_path,
+        )
+        result = trainer.fit(agent=rollout(now if sync else later), train_dataset=TASKS)
+        if sync:
+            client.close()
+    assert (result.verdict, "CURTLY" in str(result.best_prompt)) == ("promote", True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from collector.errors import NotFound, Unavailable
 
-SCOPE = re.compile(r"^/e/([^/]+)(?:/with/([^/@]+)@([^/]+))?/v1/chat/completions$")
+SCOPE = re.compile(r"^/e/([^/]+)(?:/with/([^/]+))?/v1/chat/completions$")
 
 # Starts in a hundredth of a second, since the tests start hundreds: no import but json and a socket.
 AGENT = """
@@ -83,7 +83,7 @@ class World:
                 if found is None:
                     return self._answer(404, {"error": {"message": self.path}})
                 world.keys.append(self.headers["authorization"])
-                return self._answer(200, world.call(body, *found.groups()))
+                return self._answer(200, world.pinned(body, *found.groups()))
 
             def _answer(self, status: int, body: Mapping[str, Any]) -> None:
                 data = json.dumps(body).encode()
@@ -96,6 +96,14 @@ class World:
                 del format, args
 
         return Handler
+
+    def pinned(self, body: dict[str, Any], episode: str, pins: str | None) -> dict[str, Any]:
+        """A call under `a@1,b@c-...`: of several, the slot counts whose first version is the prompt."""
+        both = [pin.partition("@")[::2] for pin in (pins or "").split(",") if pin]
+        prompt = body["messages"][0]["content"]
+        own = [pin for pin in both if len(both) == 1 or self.slots_[pin[0]][0]["template"] == prompt]
+        slot, version = own[0] if own else (None, None)
+        return self.call(body, episode, slot, version)
 
     def call(self, body: dict[str, Any], episode: str, slot: str | None, version: str | None) -> dict[str, Any]:
         messages = [dict(message) for message in body["messages"]]
