@@ -35,8 +35,10 @@ from collector import (
 )
 from collector import discover as discovery
 from collector.errors import BadInput, Conflict, NotFound, Unavailable
+from collector.keeper import Keeper
 from collector.loader import Loader
 from collector.model import Version
+from collector.readers import Readers
 from collector.settings import Settings
 from collector.store import Store
 
@@ -99,6 +101,9 @@ class Collector:
             self.store = Store(self.data_dir / DATABASE, directory, settings.store, settings.rewards.weights)
             undo.callback(self.store.close)
             self.loader = Loader(self.store, directory)
+            self.keeper = Keeper(self.store, self.loader, self._loading, settings.store, directory)
+            self.readers = Readers()
+            undo.callback(self.readers.close)
             self._catch_up()
             self.registry = registry.Registry(self.store.registry_events())
             self.journal = journal.Journal(directory, "collector")
@@ -117,6 +122,7 @@ class Collector:
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True) if background else None
         if self._thread is not None:
             self._thread.start()
+            threading.Thread(target=self.keeper.run, args=(self._stop,), name="keeper", daemon=True).start()
 
     def close(self) -> None:
         """Seal, load what is left, write a checkpoint, release the directory. Twice is once."""
@@ -140,6 +146,7 @@ class Collector:
                     if time.monotonic() - adopted >= _ADOPT_SECONDS:
                         adopted = time.monotonic()
                         self.loader.adopt()
+                        self.store.sweep()
                     if self.loader.due():
                         self.loader.load_once()
             except Exception:  # the boundary of the loader thread: it must outlive whatever a disk or an engine does
@@ -491,9 +498,21 @@ class Collector:
         """Rewards whose target has not been seen (yet), newest first."""
         return self.store.unmatched_rewards(limit)
 
-    def query(self, sql: str, limit: int = 10_000) -> results.Table:
+    def query(self, sql: str, limit: int = 10_000, page: int | None = None) -> results.Table:
         """One SELECT. Raises QueryError."""
-        return self.store.query(sql, limit)
+        return self.store.query(sql, limit, page)
+
+    def more(self, cursor: str, page: int | None = None) -> results.Table:
+        """The next page of a query. Raises NotFound, QueryError."""
+        return self.store.more(cursor, page)
+
+    def compact(self, days: int = 1, dry_run: bool = False) -> dict[str, Any]:
+        """Move old days to the archive. Raises BadInput, Unavailable."""
+        return self.keeper.compact(days, dry_run)
+
+    def retain(self, days: int, dry_run: bool = False) -> dict[str, Any]:
+        """Delete the spans of older days. Raises BadInput, Unavailable."""
+        return self.keeper.retain(days, dry_run)
 
     def jobs(self) -> list[dict[str, Any]]:
         """The latest state of every job, newest first."""

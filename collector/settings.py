@@ -199,9 +199,11 @@ class Redaction(Section):
 
 
 class Storage(Section):
-    """Where the journal and the projection live."""
+    """Where the journal and the projection live, and how long what is in them."""
 
     data_dir: Path = Path("data")
+    archive_after: int | None = Field(default=2, ge=1)  # days
+    retention: int | None = Field(default=None, ge=1)  # days
     memory_limit_mb: int = Field(default=1024, ge=64)
     query_timeout: float = Field(default=30, gt=0)
     max_answer_mb: float = Field(default=16, gt=0)
