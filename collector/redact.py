@@ -105,7 +105,7 @@ def exchange(call: Call, emails: bool = False) -> Call:
 def payloads(line: dict[str, Any], emails: bool = False) -> None:
     """Masks a span's line in place: payloads, and what a client may have put a key into by mistake. A hit drops its
     token ids and logprobs too."""
-    held = {name: line[name] for name in (*PAYLOADS, *GIVEN) if name in line}
+    held = {name: line[name] for name in (*PAYLOADS, *GIVEN) if line.get(name) is not None}
     _, hit = text("\n".join(held.values()), emails)
     if hit:
         line.update({name: text(value, emails)[0] for name, value in held.items()})

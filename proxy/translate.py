@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -35,6 +36,7 @@ _KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permi
           408: "timeout_error", 422: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
 _JSON: list[Header] = [(b"content-type", b"application/json")]
 _SSE: list[Header] = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+_MISSING = re.compile(r"No module named '[\w.]+'$")
 _lock = asyncio.Lock()
 _closing: set[asyncio.Future[Any]] = set()
 
@@ -194,7 +196,7 @@ def _is_provider_error(error: BaseException) -> bool:
 def _failed(error: Any) -> Translated:
     status = error.status_code if 400 <= error.status_code < 600 else 502
     kind = _KINDS.get(status, "api_error")
-    message, _ = redact.text(str(getattr(error, "message", "") or error))
+    message = _told(error)
     body = orjson.dumps(
         {"error": {"message": message, "type": kind, "param": None, "code": getattr(error, "code", None)}}
     )
@@ -202,7 +204,13 @@ def _failed(error: Any) -> Translated:
     return Translated(status, [*_JSON, *([(b"retry-after", str(retry).encode())] if retry else [])], body)
 
 
+def _told(error: Any) -> str:
+    """What an error says, without the stack that LiteLLM may put behind it, and without secrets."""
+    message, _ = redact.text(str(getattr(error, "message", "") or error).partition("\nTraceback")[0])
+    missing = _MISSING.search(message)
+    return f"{message}: install it beside Ratchet to use this provider" if missing else message
+
+
 def _as_ratchet(error: Any) -> UpstreamError:
     kind = UpstreamTimeout if error.status_code in (408, 504) else UpstreamError
-    message, _ = redact.text(str(getattr(error, "message", "") or error))
-    return kind(message, code=_KINDS.get(error.status_code, "upstream_broken"))
+    return kind(_told(error), code=_KINDS.get(error.status_code, "upstream_broken"))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bench.result import RESULTS, Result
@@ -79,6 +80,7 @@ class Outcome:
 
     client: str
     packages: tuple[str, ...]
+    beneath: dict[str, str] = field(default_factory=dict)  # versions of the SDKs that it calls models with
     absent: str | None = None
     problem: str | None = None
     cases: list[dict[str, Any]] = field(default_factory=list)
@@ -120,6 +122,19 @@ def install(name: str, client: Client) -> str | None:
     return None
 
 
+def beneath(name: str, client: Client) -> dict[str, str]:
+    """The versions of the SDKs that were installed along with a Python client."""
+    if client.npm:
+        return {}
+    code = (
+        "import importlib.metadata as m, json; names = ('openai', 'anthropic', 'litellm', 'httpx'); found = "
+        "{d.name: d.version for d in m.distributions() if d.name in names}; print(json.dumps(found))"
+    )
+    python = str(ENVIRONMENTS / f"clients-{name}" / "bin" / "python")
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    return dict(json.loads(done.stdout))
+
+
 def command(name: str, client: Client) -> list[str]:
     """What runs the script in its environment. Node looks for packages beside a script, so those are copied there."""
     folder = ENVIRONMENTS / f"clients-{name}"
@@ -132,7 +147,7 @@ def command(name: str, client: Client) -> list[str]:
 
 def run(name: str, client: Client, server: Served, upstream: FakeUpstream) -> Outcome:
     """One client against the server: what it did, what was recorded, and whether that fits."""
-    outcome = Outcome(name, client.packages, note=client.retells)
+    outcome = Outcome(name, client.packages, beneath(name, client), note=client.retells)
     scope = f"/e/{name}-{uuid.uuid4().hex[:8]}" if client.retells else ""
     began, mark, before = time.monotonic(), time.time_ns(), len(upstream.requests)
     with tempfile.TemporaryDirectory(prefix="client") as home:
@@ -190,7 +205,7 @@ def show(outcomes: list[Outcome], console: Console) -> None:
         verdict = f"absent: {one.absent}" if one.absent else one.problem or "works unmodified"
         note = f" ({one.note})" if one.note and not one.absent else ""
         counts = (len(one.cases), one.calls, one.spans, one.episodes, "yes" if one.rewarded else "no")
-        table.add_row(one.client, "\n".join(one.packages), *map(str, counts), verdict + note)
+        table.add_row(one.client, escape("\n".join(one.packages)), *map(str, counts), escape(verdict + note))
     console.print(table)
 
 

@@ -4,6 +4,7 @@ against a scripted endpoint of each provider that speaks its wire format."""
 import ast
 import json
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -147,6 +148,8 @@ def shared(upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory) -> 
         {"model_name": name, "litellm_params": {key: value.format(base) for key, value in provider.params.items()}}
         for name, provider in PROVIDERS.items()
     ]
+    vertex = {"model": "vertex_ai/gemini-2.5-flash", "vertex_project": "p", "vertex_location": "us-central1"}
+    entries.append({"model_name": "vertex", "litellm_params": {**vertex, "api_base": base}})
     with worker(Path(tmp_path_factory.mktemp("data")), "http://127.0.0.1:9/v1", model_list=entries) as running:
         yield running
 
@@ -268,3 +271,15 @@ def test_one_file_imports_litellm() -> None:
                 found.add(file.relative_to(root).as_posix())
     assert found <= {"proxy/translate.py"}
     assert "litellm" in (root / "proxy" / "translate.py").read_text()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_provider_whose_package_is_missing_says_which_and_shows_no_stack(
+    proxy: Worker, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "google.auth", None)
+    reply = post(proxy, "vertex", stream=stream)
+    message = reply.json()["error"]["message"]
+    assert (reply.status_code, "google.auth" in message, "Traceback" in message) == (500, True, False)
+    assert str(Path(__file__).resolve().parents[3]) not in reply.text
+    assert proxy.span(count=1)["status"] == "error"
