@@ -220,10 +220,20 @@ def _print_versions(versions: Iterable[dict[str, Any]]) -> None:
 
 @versions_app.command("show")
 @command
-def versions_show(slot: str, version: int, url: Url = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
-    """One version, with its whole text."""
+def versions_show(
+    slot: str,
+    version: int,
+    raw: Annotated[bool, typer.Option("--raw", help="The text alone, byte for byte.")] = False,
+    url: Url = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """One version, with its whole text; `--raw` to write it into a file."""
     with connect(url, data_dir) as client:
         found = client.version(slot, version)
+    if raw:
+        sys.stdout.write(found["template"] or found["path"])
+        return
     if as_json:
         emit_json(found)
         return
