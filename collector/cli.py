@@ -1,6 +1,7 @@
 """Commands that read the store and change the registry; `ratchet.py` mounts them."""
 
 import difflib
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
