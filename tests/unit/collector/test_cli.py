@@ -57,7 +57,7 @@ def test_every_reading_command_speaks_json(run: Run) -> None:
     assert len(read(run("slots", "show", "capital", "--json"))["deployments"]) == 1
     assert len(read(run("versions", "list", "capital", "--json"))["versions"]) == 2
     assert read(run("versions", "show", "capital", "2", "--json"))["note"] == "shorter"
-    assert run("versions", "show", "capital", "1", "--raw").stdout == "[bold]maps[/bold]."
+    assert run("versions", "show", "capital", "1", "--raw").stdout == "You help with\n[bold]maps[/bold]."
     assert "-[bold]maps[/bold]." in read(run("versions", "diff", "capital", "1", "2", "--json"))["diff"]
     assert read(run("jobs", "list", "--json"))["jobs"][0]["job_id"] == "j-1"
     assert read(run("jobs", "show", "j-1", "--json"))["status"] == "done"
