@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.fake_upstream import FakeUpstream
+from tests.fake_upstream import FakeUpstream, Received, Reply, json_reply
 from tests.served import Served, run_ratchet, served
 
 BODY = {"model": "fake-model", "messages": [{"role": "user", "content": "Capital of France?"}]}
@@ -61,3 +61,38 @@ def test_a_key_is_needed_once_one_exists_and_a_revoked_one_is_refused_within_a_s
     held = [path for path in (*(tmp_path / "data").rglob("*"), log) if path.is_file()]
     secrets = (first.encode(), second["key"].encode())
     assert not [path for path in held for secret in secrets if secret in path.read_bytes()]
+
+
+def test_a_limit_is_the_servers_and_not_each_workers(tmp_path: Path) -> None:
+    with FakeUpstream() as upstream, served(tmp_path / "data", upstream.url, "--workers", "2") as server:
+        made = server.client.create_key("bot", limits={"tokens_total": 100})
+        always(lambda: call(server, None).status_code, 401)
+        answers = [call(server, made["key"]) for _ in range(20)]
+        statuses = [answer.status_code for answer in answers]
+        assert statuses == [200] * 8 + [429] * 12, "fourteen tokens a call, whichever worker got it"
+        assert answers[-1].json()["error"]["code"] == "budget_exceeded"
+        server.client.flush()
+        rows = server.client.query("SELECT http_status, count(*) FROM spans_v GROUP BY 1 ORDER BY 1")["rows"]
+        assert rows == [[200, 8], [429, 12]]
+        assert len(upstream.requests) == 8
+
+
+def test_a_conversation_is_one_episode_whichever_worker_has_it(tmp_path: Path) -> None:
+    def answer(request: Received) -> Reply:
+        number = len(upstream.requests)
+        text = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": f"{number}"}]}
+        return json_reply({"id": f"resp_{number}", "object": "response", "status": "completed", "output": [text]})
+
+    with FakeUpstream(answer) as upstream, served(tmp_path / "data", upstream.url, "--workers", "2") as server:
+        for way in ("previous_response_id", "conversation"):
+            episodes, last = set(), None
+            for turn in range(12):
+                body: dict[str, object] = {"model": "m", "input": f"{way} {turn}"}
+                if way == "conversation":
+                    body["conversation"] = {"id": "conv_1"}
+                elif last is not None:
+                    body["previous_response_id"] = last
+                reply = httpx.post(f"{server.url}/v1/responses", json=body)
+                last = reply.json()["id"]
+                episodes.add(reply.headers["x-ratchet-episode"])
+            assert len(episodes) == 1
