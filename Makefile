@@ -55,7 +55,7 @@ test: install
 
 # The longer drills, outside `make test`.
 faults: install
-	RATCHET_SWAPS=1000 RATCHET_STREAMS=50 RATCHET_CANARIES=1000 $(BIN)/python -m pytest tests/faults -s
+	RATCHET_DRILLS=200 RATCHET_SWAPS=1000 RATCHET_STREAMS=50 RATCHET_CANARIES=1000 $(BIN)/python -m pytest tests/faults -s
 
 # OpenTelemetry's own instrumentor of openai needs other versions of its libraries than the rest: for tests/contract.
 OTEL_CLIENT := .venvs/otel-openai-v2

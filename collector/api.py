@@ -341,7 +341,6 @@ def identity(collector: Service) -> Response:
 
 
 @reading.get("/stats")
-@pooled
 def stats(collector: Service) -> Response:
     """Counters."""
     return json_response(collector.stats())
