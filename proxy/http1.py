@@ -157,8 +157,8 @@ class Client:
 
     def _head(self, method: bytes, target: Target, path: bytes, headers: Sequence[Header], body: bytes) -> bytes:
         names = self._names
-        for name, _ in headers:
-            if name not in names:
+        if not names.issuperset(dict(headers)):
+            for name, _ in headers:
                 self._learn(name)
         if method not in names:
             self._learn(method)

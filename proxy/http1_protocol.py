@@ -184,10 +184,7 @@ class Connection(asyncio.Protocol):
         response = self._response
         if response is None or response.status:
             return
-        headers = response.headers
-        headers.append((name, value))
-        if len(headers) > MAX_HEADERS:
-            raise ProtocolError(f"more than {MAX_HEADERS} headers", self._seen)
+        response.headers.append((name, value))
         if len(name) == 17 and name.lower() == b"transfer-encoding":
             if self._coded or value.strip().lower() != b"chunked":
                 raise ProtocolError(f"transfer-encoding {value[:40]!r} is not understood", self._seen)
@@ -205,6 +202,8 @@ class Connection(asyncio.Protocol):
         if status < 200:
             self._interim_head(response, status)
             return
+        if len(response.headers) > MAX_HEADERS:
+            raise ProtocolError(f"more than {MAX_HEADERS} headers", self._seen)
         if self._seen > MAX_HEAD and sum(len(name) + len(value) + 4 for name, value in response.headers) > MAX_HEAD:
             raise ProtocolError(f"more than {MAX_HEAD} bytes of headers", self._seen)
         if status >= 400 and self._unsent is not None:  # it wants no more of the body

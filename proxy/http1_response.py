@@ -1,6 +1,7 @@
 """An answer as it comes in: status, headers, and body chunks handed over without a queue."""
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
@@ -26,7 +27,8 @@ class Response:
     """One answer. `status`, `headers` (order and case as sent) are there from the start; the body comes by `read()`
     or by iterating. Leave no answer half read: read to the end, or `abort()`; `async with` does that by itself.
 
-    `retried` says that the request was sent a second time, because the kept connection it went to first was stale.
+    `on_error`, where set, makes of a TransportError what reading raises in its place. `retried` says that the request
+    was sent a second time, because the kept connection it went to first was stale.
     Trailers are dropped, interim (1xx) answers skipped, content encodings left as they are.
     """
 
@@ -40,6 +42,7 @@ class Response:
         "buffered",
         "headers",
         "limit",
+        "on_error",
         "retried",
         "status",
     )
@@ -50,6 +53,7 @@ class Response:
         self.retried = False
         self.buffered = 0
         self.limit = HIGH_WATER
+        self.on_error: Callable[[TransportError], Exception] | None = None
         self._chunks: list[bytes] = []
         self._done = False
         self._error: TransportError | None = None
@@ -68,7 +72,7 @@ class Response:
         while not self._done and self._error is None:
             await self._wait()
         if self._error is not None:
-            raise self._error
+            raise self._told(self._error)
         return self._take()
 
     def __aiter__(self) -> "Response":
@@ -78,7 +82,7 @@ class Response:
         """The bytes that came since the last call, as one. What came before an error is given before it is raised."""
         while not self._chunks:
             if self._error is not None:
-                raise self._error
+                raise self._told(self._error)
             if self._done:
                 raise StopAsyncIteration
             await self._wait()
@@ -154,6 +158,13 @@ class Response:
             raise
         finally:
             self._waiter = None
+
+    def _told(self, error: TransportError) -> Exception:
+        if self.on_error is None:
+            return error
+        told = self.on_error(error)
+        told.__cause__ = error
+        return told
 
     def _take(self) -> bytes:
         chunks = self._chunks

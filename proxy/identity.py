@@ -140,7 +140,8 @@ def prefixes(reading: Reading, tenant: str) -> list[bytes]:
         digest.update(turn.canonical)
         if turn.reply and (index + 1 == len(turns) or not turns[index + 1].reply):
             keys.append(digest.digest()[: tables.KEY])
-    reading.digest = digest
+    if turns:
+        reading.digest = digest
     return keys[: -_PREFIXES - 1 : -1]
 
 

@@ -48,8 +48,9 @@ class Prompts:
         `named`: the slot of the header `x-ratchet-slot`; its word is enough, whatever the prompt says. Raises NotFound
         for a pinned version that doesn't exist, and Unavailable if that can't be found out.
         """
-        pins = pinned(call.route.pins)
-        texts = {slot: await self._pinned(slot, version) for slot, version in pins.items()}
+        pins, texts = pinned(call.route.pins), {}
+        for slot, version in pins.items():
+            texts[slot] = await self._pinned(slot, version)
         snapshot, revision = await self._snapshot(call.identity.episode_id, call.identity.source == "new")
         if snapshot.adapters:
             call.adapter = adapters.deal(snapshot, call.reading.model, pins, call.identity.episode_id, revision)

@@ -1,12 +1,10 @@
 """From a call to its journal line: written once, before the last byte of the answer."""
 
 import logging
-import math
 import os
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
@@ -52,22 +50,15 @@ class Applied(NamedTuple):
         return f"{self.slot}@{self.candidate or self.version}"
 
 
-@dataclass(slots=True)
 class Call:
-    """Everything known about a call under way. What stays None was not known when it ended."""
+    """Everything known about a call under way. What stays None was not known when it ended.
 
-    route: Route
-    dialect: Dialect
-    trace: Trace
-    named: str | None  # the header x-ratchet-episode
-    tenant: str  # the name of the key; empty without keys
+    A plain class with defaults in place, because most calls change few of them.
+    """
+
     copy_limit: int = 16 << 20  # bytes of the answer that are kept for the record
-    span_id: str = field(default_factory=lambda: os.urandom(8).hex())
-    start_ns: int = field(default_factory=time.time_ns)
-    began: int = field(default_factory=time.perf_counter_ns)
     body: Json | None = None  # the request as it went upstream, parsed
-    reading: Reading = field(default_factory=Reading)
-    applied: list[Applied] = field(default_factory=list)
+    reading: Reading = Reading()
     adapter: Applied | None = None
     provider: str | None = None
     attempts: int = 1
@@ -79,7 +70,7 @@ class Call:
     ttft_ms: float | None = None
     stream: bool = False
     cost_usd: float | None = None
-    summary: Summary = field(default_factory=Summary)
+    summary: Summary = Summary()
     upstream_model: str | None = None  # the name sent in place of the client's
     limits: Mapping[str, float] | None = None  # what the key may use; None: as much as it likes
     metered: bool = False  # whether the call counts against those
@@ -89,6 +80,18 @@ class Call:
     truncated: bool = False  # whether a part of the answer was too long to be kept
     written: bool = False
     _identity: Identity | None = None
+
+    def __init__(self, route: Route, dialect: Dialect, trace: Trace, named: str | None, tenant: str) -> None:
+        """`named`: the header x-ratchet-episode. `tenant`: the name of the key; empty without keys."""
+        self.route = route
+        self.dialect = dialect
+        self.trace = trace
+        self.named = named
+        self.tenant = tenant
+        self.span_id = os.urandom(8).hex()
+        self.start_ns = time.time_ns()
+        self.began = time.perf_counter_ns()
+        self.applied: list[Applied] = []
 
     @property
     def identity(self) -> Identity:
@@ -165,23 +168,21 @@ class Recorder:
 
 
 def exchange(call: Call, seconds: float) -> Json:
-    """The record of a finished call: the fields of an `Exchange` that are known. It is no Exchange, because to make and
-    dump one takes ten times as long as a dict."""
-    body, summary = call.body or {}, call.summary
-    first = call.applied[0] if call.applied else None
+    """The record of a finished call: the fields of an `Exchange`, without most of those that are not known. It is no
+    Exchange, because to make and dump one takes ten times as long as a dict."""
+    body, summary, identity = call.body or {}, call.summary, call.identity
     line = {
         "span_id": call.span_id,
-        "trace_id": call.trace.trace_id or trace_of(call.identity.episode_id),
-        "episode_id": call.identity.episode_id,
-        "episode_source": call.identity.source,
+        "trace_id": call.trace.trace_id or trace_of(identity.episode_id),
+        "episode_id": identity.episode_id,
+        "episode_source": identity.source,
         "start_ns": call.start_ns,
         "end_ns": call.start_ns + int(seconds * 1e9),
         "operation": call.dialect.operation,
         "route": call.route.path,
         "status": call.status,
-        "parent_span_id": call.trace.parent_id,
+        "source": "proxy",
         "http_status": call.http_status,
-        "error_type": call.error_type,
         "ttft_ms": call.ttft_ms,
         "attempts": call.attempts,
         "provider": call.provider,
@@ -190,41 +191,63 @@ def exchange(call: Call, seconds: float) -> Json:
         "response_id": summary.response_id,
         "finish_reason": summary.finish_reason,
         "stream": call.stream,
-        "temperature": _number(body.get("temperature")),
-        "top_p": _number(body.get("top_p")),
-        "max_tokens": _first(body, "max_completion_tokens", "max_output_tokens", "max_tokens"),
-        "seed": integer(body.get("seed")),
         "input_tokens": summary.input_tokens,
         "output_tokens": summary.output_tokens,
-        "cached_tokens": summary.cached_tokens,
-        "cost_usd": call.cost_usd,
-        "prompt_slot": first.slot if first else None,
-        "prompt_version": first.version if first else None,
-        "prompt_candidate": first.candidate if first else None,
-        "adapter_slot": call.adapter.slot if call.adapter else None,
-        "adapter_version": call.adapter.version if call.adapter else None,
-        "propensity": _propensity(first, call.adapter),
         "request_bytes": call.request_bytes,
         "response_bytes": call.response_bytes,
-        "input_messages": _payload(call.dialect.messages(body) or None),
-        "output_messages": _payload(summary.output_messages),
-        "tools": _payload(body.get("tools")),
-        "token_ids": _payload(summary.token_ids),
-        "logprobs": _payload(summary.logprobs),
-        "attributes": _payload(_attributes(call, body) or None),
     }
-    return {name: value for name, value in line.items() if value is not None}
+    if call.trace.parent_id is not None:
+        line["parent_span_id"] = call.trace.parent_id
+    if call.error_type is not None:
+        line["error_type"] = call.error_type
+    if summary.cached_tokens is not None:
+        line["cached_tokens"] = summary.cached_tokens
+    if call.cost_usd is not None:
+        line["cost_usd"] = call.cost_usd
+    _add_versions(line, call)
+    _add_parameters(line, body)
+    _add_payloads(line, call, body)
+    return line
 
 
-def _propensity(*served: Applied | None) -> float | None:
-    """Of the recorded versions together: slots are dealt independently."""
-    known = [one.propensity for one in served if one is not None]
-    return math.prod(known) if known else None
+def _add_versions(line: Json, call: Call) -> None:
+    if call.applied:
+        first = call.applied[0]
+        line["prompt_slot"], line["propensity"] = first.slot, first.propensity
+        line["prompt_version"], line["prompt_candidate"] = first.version, first.candidate
+    if call.adapter is not None:  # slots are dealt independently
+        line["adapter_slot"], line["adapter_version"] = call.adapter.slot, call.adapter.version
+        line["propensity"] = line.get("propensity", 1.0) * call.adapter.propensity
+
+
+def _add_parameters(line: Json, body: Json) -> None:
+    for name, (column, read) in _PARAMETERS.items():
+        if name in body and column not in line:
+            line[column] = read(body[name])
+
+
+def _add_payloads(line: Json, call: Call, body: Json) -> None:
+    summary = call.summary
+    payloads = (
+        ("input_messages", call.dialect.messages(body) or None),
+        ("output_messages", summary.output_messages),
+        ("tools", body.get("tools")),
+        ("token_ids", summary.token_ids),
+        ("logprobs", summary.logprobs),
+        ("attributes", _attributes(call, body) or None),
+    )
+    for column, value in payloads:
+        if value is not None:
+            line[column] = _payload(value)
 
 
 def _attributes(call: Call, body: Json) -> Json:
     """What is worth keeping and has no column."""
-    kept: Json = {name: body[name] for name in ("metadata", "user") if body.get(name)}
+    kept: Json = {}
+    if body.get("metadata"):
+        kept["metadata"] = body["metadata"]
+    if body.get("user"):
+        kept["user"] = body["user"]
     if call.applied and call.applied[0].values:
         kept["variables"] = call.applied[0].values
     if len(call.applied) > 1:
@@ -242,10 +265,8 @@ def _attributes(call: Call, body: Json) -> Json:
     return kept
 
 
-def _payload(value: Any) -> str | None:
+def _payload(value: Any) -> str:
     """As JSON text. Long runs of base64 (images, audio) become their hash; what is still too long is left out."""
-    if value is None:
-        return None
     text = orjson.dumps(value).decode()
     if len(text) > _ELIDE_ABOVE:
         text = _BASE64.sub(lambda found: "sha256:" + sha256(found.group().encode()).hexdigest(), text)
@@ -259,5 +280,12 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _first(body: Json, *names: str) -> int | None:
-    return next((found for name in names if (found := integer(body.get(name))) is not None), None)
+# What a body may set -> the column, and how it is read; of several for one column, the first counts.
+_PARAMETERS: dict[str, tuple[str, Callable[[Any], float | int | None]]] = {
+    "temperature": ("temperature", _number),
+    "top_p": ("top_p", _number),
+    "max_completion_tokens": ("max_tokens", integer),
+    "max_output_tokens": ("max_tokens", integer),
+    "max_tokens": ("max_tokens", integer),
+    "seed": ("seed", integer),
+}

@@ -37,6 +37,7 @@ class Answer(Protocol):
     stream: bool
     encoding: str
     length: int | None
+    complete: bool
     cost_usd: float | None
 
     async def read(self) -> bytes:
@@ -130,7 +131,8 @@ class Client:
         """A whole answer; records first."""
         self._call.http_status, self._call.response_bytes = status, len(body)
         self._recorder.write(self._call)
-        await self.start(status, [*_without_length(headers), (_LENGTH, b"%d" % len(body))])
+        length = (_LENGTH, b"%d" % len(body))
+        await self.start(status, headers if length in headers else [*_without_length(headers), length])
         await self.send({"type": "http.response.body", "body": body, "more_body": more})
 
 
@@ -393,6 +395,7 @@ class Streaming:
         self._splitter = sse.Splitter()
         self._copy: list[bytes] = []
         self._copied = 0
+        self._ends = False
 
     async def run(self, hang_up: HangUp) -> None:
         """Until the upstream's end. Raises ClientGone, or Broken when the upstream breaks off."""
@@ -402,7 +405,18 @@ class Streaming:
         try:
             async for chunk in self._answer.chunks():
                 self._call.first_byte()
-                await self._take(chunk)
+                run = self._take(chunk)
+                if not self._ends:
+                    if run:
+                        await self._client.body(run)
+                    continue
+                self._ends = False
+                self._sum_up()
+                if self._answer.complete:
+                    hang_up.release()
+                    await self._client.last(run + self._rest)
+                    return
+                await self._client.last(run, more=True)
         except RatchetError as error:  # the head is out, so this can't become an error answer any more
             if not self._call.written:  # else the end had been told already, and nothing is missing
                 await self._client.body(self._rest)
@@ -418,35 +432,24 @@ class Streaming:
         rest, hidden = self._splitter.rest, self._call.hidden
         return rest if hidden is None or not self._plain else capture.hide_run(rest, hidden)
 
-    async def _take(self, chunk: bytes) -> None:
+    def _take(self, chunk: bytes) -> bytes:
+        """What is to be forwarded of it now, and in `_ends` whether a client may take that for the end."""
         run = self._splitter.feed(chunk) if self._plain else chunk
-        if not run:
-            return
-        if self._call.written:
-            await self._client.body(run)
-            return
+        if not run or self._call.written:
+            return run
         at = _suspect(run, self._call.dialect, self._stripping) if self._plain else -1
-        self._keep(run, at >= 0)
+        self._copied += len(run)
+        if at >= 0 or self._copied <= self._call.copy_limit:
+            self._copy.append(run)
+        else:  # a stream beyond all measure: its beginning is recorded, and what tells of its end
+            self._call.truncated = True
         if self._call.hidden is not None and self._plain:
             run = capture.hide_run(run, self._call.hidden)
             at = _suspect(run, self._call.dialect, self._stripping)
         if at < 0:
-            await self._client.body(run)
-            return
-        now, last = _divide(run[at:], self._call.dialect, self._stripping)
-        if at or now:
-            await self._client.body(run[:at] + now)
-        if last:
-            self._sum_up()
-            await self._client.last(last, more=True)
-
-    def _keep(self, run: bytes, matters: bool) -> None:
-        """Copies what is to be recorded; of a stream beyond all measure the beginning, and what tells of its end."""
-        self._copied += len(run)
-        if matters or self._copied <= self._call.copy_limit:
-            self._copy.append(run)
-        else:
-            self._call.truncated = True
+            return run
+        rest, self._ends = _last(run[at:], self._call.dialect, self._stripping)
+        return run[:at] + rest
 
     def _sum_up(self) -> None:
         """Reads the copy, once: at the event that ends the stream, or where the stream was cut."""
@@ -468,27 +471,30 @@ class Streaming:
 
 def _suspect(run: bytes, dialect: Dialect, stripping: bool) -> int:
     """Where the first event begins that may be the last one, or the usage chunk to strip; -1 if there is none."""
-    found = [at for mark in dialect.marks if (at := run.find(mark)) >= 0]
+    first = len(run)
+    for mark in dialect.marks:
+        if mark in run:
+            first = min(first, run.index(mark))
     if stripping and (empty := _NO_CHOICES.search(run)) is not None:
-        found.append(empty.start())
-    if not found:
+        first = min(first, empty.start())
+    if first == len(run):
         return -1
-    before = -1 if b"\r" in run else run.rfind(b"\n\n", 0, min(found))
+    before = -1 if b"\r" in run else run.rfind(b"\n\n", 0, first)
     return before + 2 if before >= 0 else 0
 
 
-def _divide(run: bytes, dialect: Dialect, stripping: bool) -> tuple[bytes, bytes]:
-    """What may be forwarded now, and what has to wait for the record: the last event and all behind it. With
-    `stripping`, without the usage chunk that the client didn't ask for."""
-    now: list[bytes] = []
-    last: list[bytes] = []
+def _last(run: bytes, dialect: Dialect, stripping: bool) -> tuple[bytes, bool]:
+    """The run, with `stripping` without the usage chunk that the client didn't ask for; and whether it holds the event
+    that ends the stream."""
+    kept: list[bytes] = []
+    ends = False
     for block in sse.blocks(run):
         event = sse.read(block)
         if event is not None and stripping and _only_usage(event):
             continue
-        ends = event is not None and dialect.ends(event)
-        (last if last or ends else now).append(block)
-    return b"".join(now), b"".join(last)
+        ends = ends or (event is not None and dialect.ends(event))
+        kept.append(block)
+    return b"".join(kept), ends
 
 
 def _only_usage(event: sse.Event) -> bool:

@@ -15,18 +15,22 @@ HOP = frozenset((b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-au
                  b"te", b"trailer", b"transfer-encoding", b"upgrade"))  # fmt: skip
 
 
-_NAMES: dict[bytes, bytes | None] = {}  # names as upstreams spell them -> in lower case; None: not passed on
 _MOST_NAMES = 1024
 _MOST = 64 << 20  # bytes of a packed answer that are unpacked for the record
 
 
-def _learn(raw: bytes) -> bytes | None:
-    """Upstreams use few names, so what is to be done with each is found out once."""
-    lower = raw.lower()
-    name = None if lower in HOP or lower.startswith(b"x-ratchet-") else lower
-    if len(_NAMES) < _MOST_NAMES:
-        _NAMES[raw] = name
-    return name
+class _Names(dict[bytes, bytes | None]):
+    """Names as upstreams spell them -> in lower case, None: not passed on. They are few, so each is looked at once."""
+
+    def __missing__(self, raw: bytes) -> bytes | None:
+        lower = raw.lower()
+        name = None if lower in HOP or lower.startswith(b"x-ratchet-") else lower
+        if len(self) < _MOST_NAMES:
+            self[raw] = name
+        return name
+
+
+_NAMES = _Names()
 
 
 class Reply(ABC):
@@ -34,16 +38,12 @@ class Reply(ABC):
     `length`: of the body, where it was told. Reading raises UpstreamError or UpstreamTimeout."""
 
     cost_usd: float | None = None
+    complete = False  # whether all of the body has come, as far as that is known
 
     def __init__(self, status: int, headers: Iterable[Header]) -> None:
         self.status = status
-        self.headers: list[Header] = []
-        given: dict[bytes, bytes] = {}
-        for raw, value in headers:
-            name = _NAMES[raw] if raw in _NAMES else _learn(raw)
-            if name is not None:
-                self.headers.append((name, value))
-                given.setdefault(name, value)
+        self.headers: list[Header] = [(name, value) for raw, value in headers if (name := _NAMES[raw]) is not None]
+        given = dict(self.headers)
         length = given.get(b"content-length", b"")
         self.length = int(length) if length.isdigit() else None
         self.stream = given.get(b"content-type", b"").strip().lower().startswith(b"text/event-stream")
@@ -73,30 +73,20 @@ class RawReply(Reply):
     def __init__(self, response: Response) -> None:
         super().__init__(response.status, response.headers)
         self._response = response
+        response.on_error = _told
+
+    @property
+    def complete(self) -> bool:  # type: ignore[override]  # here it is known
+        """Whether all of the body has come."""
+        return self._response.complete
 
     async def read(self) -> bytes:
         """The whole body, as it came."""
-        try:
-            return await self._response.read()
-        except ReadTimeout as error:
-            raise late() from error
-        except TransportError as error:
-            raise broken() from error
+        return await self._response.read()
 
     def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive."""
-        return self
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        try:
-            return await anext(self._response)
-        except ReadTimeout as error:
-            raise late() from error
-        except TransportError as error:
-            raise broken() from error
+        return self._response
 
     def close(self) -> None:
         """Closes the connection if the answer was not read whole, which cancels the call upstream."""
@@ -116,6 +106,10 @@ def decoded(body: bytes, encoding: str) -> bytes | None:
         return unpack(body, encoding, _MOST)
     except RatchetError:
         return None
+
+
+def _told(error: TransportError) -> Exception:
+    return late() if isinstance(error, ReadTimeout) else broken()
 
 
 def late() -> UpstreamTimeout:

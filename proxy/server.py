@@ -1,7 +1,7 @@
 """The server's side of a connection: uvicorn's protocol, with fewer system calls, and with word of a hang-up at once.
 
-What one turn of the loop has to say to a client leaves in one write: head and body, and all events of a stream that
-came together. What is journalled before an answer's end is so on disk's side of the kernel before that write.
+A head waits for the body that follows it, so that both leave in one write. What is journalled before the last piece of
+an answer is sent is therefore with the kernel before the client sees any of that piece.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 CONNECTION = "ratchet.connection"  # the ASGI extension under which an application finds its Cycle
 _HEAD = MAX_HEADER_BYTES + (64 << 10)  # bytes of a head that isn't whole yet; the application counts the rest
-JOIN = 64 << 10  # bytes; more than that is written at once
+_JOIN = 64 << 10  # bytes; more than that is not copied to be joined
 
 
 class Cycle(RequestResponseCycle):
@@ -35,12 +35,12 @@ class Cycle(RequestResponseCycle):
     def __init__(self, loop: asyncio.AbstractEventLoop, **given: Any) -> None:
         super().__init__(**given)
         self._loop = loop
-        self._waiting: list[bytes] = []
-        self._size = 0
+        self._head = b""  # until the body comes
+        self._read = False
 
     def gone(self) -> None:
         """The connection has ended."""
-        self._waiting.clear()
+        self._head = b""
         if self.on_gone is not None and not self.response_complete:
             self.on_gone()
 
@@ -52,6 +52,11 @@ class Cycle(RequestResponseCycle):
 
     async def receive(self) -> Any:
         """ASGI's receive. Raises TooSlow for a body that takes too long to come."""
+        if not self.more_body and not self._read and not self.disconnected:  # mostly it is all there
+            self._read = True
+            self.message_event.clear()
+            body, self.body = bytes(self.body), bytearray()
+            return {"type": "http.request", "body": body, "more_body": False}
         message = await super().receive()
         if self._slow:
             raise TooSlow
@@ -76,10 +81,10 @@ class Cycle(RequestResponseCycle):
             await self.flow.drain()
         if self.disconnected:
             return
-        if not self.response_started and message["type"] == "http.response.start":
-            self._start(message["status"], message.get("headers", ()))
-        elif self.response_started and not self.response_complete and message["type"] == "http.response.body":
+        if self.response_started and not self.response_complete and message["type"] == "http.response.body":
             self._body(message.get("body", b""), message.get("more_body", False))
+        elif not self.response_started and message["type"] == "http.response.start":
+            self._start(message["status"], message.get("headers", ()))
         else:
             raise RuntimeError(f"the message {message['type']} does not belong here")
 
@@ -103,16 +108,16 @@ class Cycle(RequestResponseCycle):
         head = b"\r\n".join(lines)
         if head.count(b"\n") != len(lines) - 1 or head.count(b"\r") != len(lines) - 1 or b"\0" in head:
             raise RuntimeError("a header holds a line break or a NUL")
-        self._write(b"%b%b\r\n\r\n" % (STATUS_LINE[status], head))
+        self._head = b"%b%b\r\n\r\n" % (STATUS_LINE[status], head)
+        if self.chunked_encoding:  # its body may take long to begin
+            self._loop.call_soon(self._flush)
 
     def _body(self, body: bytes, more: bool) -> None:
         if self.scope["method"] == "HEAD":
             self.expected_content_length = 0
         elif self.chunked_encoding:
-            if body:
-                self._write(b"%x\r\n%b\r\n" % (len(body), body))
-            if not more:
-                self._write(b"0\r\n\r\n")
+            chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+            self._write(chunk if more else chunk + b"0\r\n\r\n")
         else:
             self.expected_content_length -= len(body)
             if self.expected_content_length < 0 or (self.expected_content_length and not more):
@@ -130,23 +135,15 @@ class Cycle(RequestResponseCycle):
         self.on_response()
 
     def _write(self, data: bytes) -> None:
-        if not self._waiting:
-            self._loop.call_soon(self._flush)
-        self._waiting.append(data)
-        self._size += len(data)
-        if self._size > JOIN:
-            self._flush()
+        head, self._head = self._head, b""
+        if len(data) > _JOIN:
+            self.transport.writelines((head, data))
+        elif head or data:
+            self.transport.write(head + data)
 
     def _flush(self) -> None:
-        waiting = self._waiting
-        if not waiting:
-            return
-        if self._size > JOIN:
-            self.transport.writelines(waiting)
-        else:
-            self.transport.write(waiting[0] if len(waiting) == 1 else b"".join(waiting))
-        self._waiting = []
-        self._size = 0
+        if self._head:
+            self._write(b"")
 
 
 class Protocol(HttpToolsProtocol):
@@ -203,6 +200,10 @@ class Protocol(HttpToolsProtocol):
         if self.cycle is not None:
             cast(Cycle, self.cycle).gone()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Parser: a header."""
+        self.headers.append((name.lower(), value))
+
     def on_headers_complete(self) -> None:
         """Parser: the head is whole. Starts the application, or queues it behind a pipelined request's."""
         self._reading.head = False
@@ -227,7 +228,7 @@ class Protocol(HttpToolsProtocol):
             access_log=False,
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
-            expect_100_continue=self.expect_100_continue,
+            expect_100_continue=(b"expect", b"100-continue") in self.headers,
             keep_alive=version != "1.0" and parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )

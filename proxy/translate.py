@@ -46,6 +46,7 @@ class Translated:
 
     encoding = "identity"
     length: int | None = 0  # it is all there
+    complete = False  # a stream's end isn't known before it is asked for
 
     def __init__(
         self, status: int, headers: list[Header], body: bytes = b"", source: Any = None, first: Any = None

@@ -11,6 +11,8 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import compress
+from operator import itemgetter
 from typing import Any
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -31,6 +33,7 @@ _NOT_SENT = HOP | {b"host", b"content-length", b"accept-encoding", b"expect", b"
 _CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key"))
 _NOT_SENT_OWN = _NOT_SENT | _CREDENTIALS
 _USUAL = (b"keep-alive", b"close")  # in Connection: nothing that names another header
+_MOST_NAMES = 1024
 _PLAIN = (b"accept-encoding", b"identity")
 _RAW = {"openai": "https://api.openai.com/v1", "hosted_vllm": None, "openai_like": None, "litellm_proxy": None}
 _HOSTS = {"api.openai.com": "openai", "api.anthropic.com": "anthropic"}
@@ -255,16 +258,34 @@ class Upstream:
         return URL(f"{url}?{request.query}", encoded=True) if request.query else url
 
 
+class _Fates(dict[bytes, bool]):
+    """Whether a header of a name goes upstream. Clients use few names, so each is looked at once."""
+
+    def __init__(self, left_out: frozenset[bytes]) -> None:
+        super().__init__()
+        self._left_out = left_out
+
+    def __missing__(self, name: bytes) -> bool:
+        fate = name not in self._left_out and not name.startswith(b"x-ratchet-")
+        if len(self) < _MOST_NAMES:
+            self[name] = fate
+        return fate
+
+
+_WITH_CREDENTIALS, _WITHOUT_CREDENTIALS = _Fates(_NOT_SENT), _Fates(_NOT_SENT_OWN)
+_NAME = itemgetter(0)
+
+
 def headers_for(target: Target, given: list[Header], *, keyed: bool, unpacked: bool) -> list[Header]:
     """The client's headers as they go upstream: without this hop's, without ours, credentials by the target's rule."""
     own = keyed or target.own
-    left_out = _NOT_SENT_OWN if own else _NOT_SENT
     named = [value for name, value in given if name == b"connection" and value not in _USUAL]
     if named or unpacked:
-        left_out |= {name.strip() for value in named for name in value.lower().split(b",")}
-        left_out |= {b"content-encoding"} if unpacked else set()
-    sent = [pair for pair in given if pair[0] not in left_out and not pair[0].startswith(b"x-ratchet-")]
-    sent.append(_PLAIN)
+        extra = {name.strip() for value in named for name in value.lower().split(b",")}
+        fates = _Fates((_NOT_SENT_OWN if own else _NOT_SENT) | extra | ({b"content-encoding"} if unpacked else set()))
+    else:
+        fates = _WITHOUT_CREDENTIALS if own else _WITH_CREDENTIALS
+    sent = [*compress(given, map(fates.__getitem__, map(_NAME, given))), _PLAIN]
     return [*sent, *_encoded(target.headers)] if own else sent
 
 

@@ -6,6 +6,7 @@ import orjson
 
 from proxy.dialects.base import (
     Json,
+    Prompt,
     Reading,
     StreamParser,
     Summary,
@@ -33,7 +34,8 @@ class Chat:
 
     def read(self, body: Json) -> Reading:
         """Prompts are every system and developer message, and the first user message."""
-        reading = Reading(string(body.get("model")), body.get("stream") is True)
+        prompts: list[Prompt] = []
+        turns: list[Turn] = []
         messages = body.get("messages")
         user = False
         for index, message in enumerate(messages if isinstance(messages, list) else ()):
@@ -42,9 +44,9 @@ class Chat:
             role = message.get("role")
             if role in ("system", "developer") or (role == "user" and not user):
                 user = user or role == "user"
-                reading.prompts += prompt_at(role, message.get("content"), ("messages", index, "content"))
-            reading.turns.append(_turn(message))
-        return reading
+                prompts += prompt_at(role, message.get("content"), ("messages", index, "content"))
+            turns.append(_turn(message))
+        return Reading(string(body.get("model")), body.get("stream") is True, prompts, turns)
 
     def messages(self, body: Json) -> list[Json]:
         """As they are."""
@@ -96,13 +98,19 @@ class ChatStream:
 
     def take(self, chunk: Json) -> None:
         """Takes the next chunk."""
-        merge_head(self._summary, chunk)
+        known = self._summary
+        same = chunk.get("id") == known.response_id and chunk.get("model") == known.response_model
+        if not same or chunk.get("usage") is not None or "error" in chunk:  # in most chunks there is nothing new
+            merge_head(known, chunk)
         if self._prompt_ids is None:
             self._prompt_ids = chunk.get("prompt_token_ids")
         for choice in dicts(chunk.get("choices")):
-            index = integer(choice.get("index")) or 0
-            held = self._choices.setdefault(index, {"message": {"role": "assistant"}})
-            _merge_choice(held, choice)
+            index = choice.get("index")
+            if type(index) is not int:
+                index = 0
+            if index not in self._choices:
+                self._choices[index] = {"message": {"role": "assistant"}, "texts": {}}
+            _merge_choice(self._choices[index], choice)
 
     def summary(self) -> Summary:
         """The same shape as of a JSON answer."""
@@ -167,27 +175,31 @@ def _merge_choice(held: Json, choice: Json) -> None:
     if choice.get("finish_reason") is not None:
         held["finish_reason"] = choice["finish_reason"]
     if isinstance(choice.get("token_ids"), list):
-        held["token_ids"] = (held.get("token_ids") or []) + choice["token_ids"]
+        held.setdefault("token_ids", []).extend(choice["token_ids"])
     logprobs = choice.get("logprobs")
     if isinstance(logprobs, dict):
         kept = held.setdefault("logprobs", {})
         for name, values in logprobs.items():
             if isinstance(values, list):
-                kept[name] = (kept.get(name) or []) + values
+                kept.setdefault(name, []).extend(values)
 
 
 def _merge_delta(held: Json, delta: Json) -> None:
     """Texts are collected in lists and joined once at the end: adding strings would copy them at each token."""
-    message = held["message"]
+    texts = held["texts"]
     for name, value in delta.items():
-        if name in _TEXTS and isinstance(value, str):
-            held.setdefault("texts", {}).setdefault(name, []).append(value)
+        if value is None:
+            continue
+        if name in texts and isinstance(value, str):
+            texts[name].append(value)
+        elif name in _TEXTS and isinstance(value, str):
+            texts[name] = [value]
         elif name == "tool_calls":
             _merge_calls(held.setdefault("calls", {}), dicts(value))
         elif name == "function_call" and isinstance(value, dict):
-            _merge_function(message.setdefault("function_call", {}), value)
-        elif value is not None:
-            message[name] = value
+            _merge_function(held["message"].setdefault("function_call", {}), value)
+        else:
+            held["message"][name] = value
 
 
 def _merge_calls(calls: dict[int, Json], deltas: list[Json]) -> None:
@@ -210,7 +222,7 @@ def _merge_function(function: Json, delta: Json) -> None:
 
 
 def _assembled(held: Json) -> Json:
-    message = {**held["message"], **{name: "".join(parts) for name, parts in held.get("texts", {}).items()}}
+    message = {**held["message"], **{name: "".join(parts) for name, parts in held["texts"].items()}}
     if "calls" in held:
         message["tool_calls"] = [held["calls"][index] for index in sorted(held["calls"])]
     return {**{name: held.get(name) for name in ("finish_reason", "token_ids", "logprobs")}, "message": message}

@@ -56,6 +56,7 @@ class Scripted:
 
     status = 200
     stream = True
+    complete = False
     cost_usd = None
 
     def __init__(self, chunks: list[Any], encoding: str = "identity") -> None:
