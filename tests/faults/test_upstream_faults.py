@@ -2,11 +2,9 @@
 own bytes or an envelope that SDKs understand, never a hang, and each call leaves exactly one span."""
 
 import gzip
-import json
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,6 +31,11 @@ class Fault:
     error: str | None = None
     attempts: int = 1
     model: str = "m"
+
+    @property
+    def waits(self) -> bool:
+        """Whether only a timeout ends it."""
+        return self.reply.end == "hang" or self.model == "unreachable"
 
 
 FAULTS = [
@@ -106,7 +109,10 @@ def deaf() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def shared(upstream: FakeUpstream, deaf: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+def workers(
+    upstream: FakeUpstream, deaf: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[bool, Worker]]:
+    """One that waits, and one that soon doesn't, for what never comes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -118,17 +124,34 @@ def shared(upstream: FakeUpstream, deaf: str, tmp_path_factory: pytest.TempPathF
         for name, base in (("refused", closed), ("unreachable", deaf))
         for provider in ("openai", "anthropic")
     ]
-    settings: dict[str, Any] = {"connect_timeout": 0.15, "read_timeout": 0.15, "retries": 1}
-    folder = Path(tmp_path_factory.mktemp("data"))
-    with worker(folder, upstream.url, upstream=settings, model_list=models) as running:
-        yield running
+
+    def settings(seconds: float) -> Any:
+        waits = {"connect_timeout": seconds, "read_timeout": seconds, "retries": 1}
+        return {"upstream": waits, "model_list": models}
+
+    folder = tmp_path_factory.mktemp
+    with (
+        worker(folder("patient"), upstream.url, **settings(20)) as patient,
+        worker(folder("hasty"), upstream.url, **settings(0.15)) as hasty,
+    ):
+        yield {False: patient, True: hasty}
 
 
 @pytest.fixture
-def proxy(shared: Worker, upstream: FakeUpstream) -> Worker:
-    shared.spans.clear()
+def proxies(workers: dict[bool, Worker], upstream: FakeUpstream) -> dict[bool, Worker]:
+    for one in workers.values():
+        one.spans.clear()
     upstream.forget()
-    return shared
+    return workers
+
+
+@pytest.fixture
+def proxy(proxies: dict[bool, Worker], request: pytest.FixtureRequest) -> Worker:
+    """The hasty one where the fault is that nothing comes."""
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    fault = given.get("fault")
+    waits = given.get("cut") == "silence" or (fault is not None and fault.waits)
+    return proxies[waits]
 
 
 def body(tail: str, model: str, stream: bool) -> dict[str, Any]:
@@ -235,9 +258,8 @@ def test_a_stream_of_something_else_than_events_passes(proxy: Worker, upstream: 
 
 def test_a_call_after_each_fault_is_served_on_a_sound_connection(proxy: Worker, upstream: FakeUpstream) -> None:
     for fault in [*FAULTS, *CUTS]:
-        if fault.model == "m":
+        if fault.model == "m" and not fault.waits:
             upstream.reply(*[fault.reply] * fault.attempts)
             post(proxy, "chat/completions", "m", False)
             assert post(proxy, "chat/completions", "m", False).json()["choices"][0]["message"]["content"] == "Paris"
     assert [span["status"] for span in proxy.spans[1::2]] == ["ok"] * (len(proxy.spans) // 2)
-    assert json.dumps(proxy.spans)
