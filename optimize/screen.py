@@ -28,6 +28,7 @@ class Screen:
         columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, TextColumn("{task.fields[belief]}"), console=console)
         self._bars: dict[str, TaskID] = {}
+        self._best: str | None = None
 
     def __enter__(self) -> "Screen":
         self._console.print(f"job {self._job}   (resume it after a break: {self._resume})", style="dim")
@@ -48,7 +49,17 @@ class Screen:
         if stage.phase not in self._bars:
             self._bars[stage.phase] = self._progress.add_task(NAMES[stage.phase], total=stage.total, belief="")
         belief = _belief(stage) if stage.phase == "search" else ""
+        self._say_best(stage)
         self._progress.update(self._bars[stage.phase], completed=stage.rollouts, total=stage.total, belief=belief)
+
+    def _say_best(self, stage: "Stage") -> None:
+        """The best prompt so far, whenever it is another one; the first is the one to improve."""
+        if stage.phase != "search" or stage.search is None or stage.search.best_template == self._best:
+            return
+        if self._best is not None:
+            text = " ".join(stage.search.best_template.split())
+            self._console.print(f"best so far: {escape(text[:100])}", style="dim", highlight=False)
+        self._best = stage.search.best_template
 
 
 def _belief(stage: "Stage") -> str:
