@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.gateway import figures, ours, report, rounds
 from bench.gateway.payloads import Scenario, scenarios
-from bench.gateway.process import Target
+from bench.gateway.process import NotStarted, Target
 from bench.gateway.rounds import Samples
 from bench.gateway.stage import PEERS, Stage
 from bench.result import RESULTS, Result
@@ -25,6 +25,7 @@ NAMES = ("floor", figures.OURS, "unrecorded", *PEERS)
 FEW, MANY = 5_000, 50_000  # calls after which the memory of a worker is read
 SMALL = next(one for one in scenarios() if one.name == "json_c16")
 _SUSTAINED = 6.0  # seconds: longer than a segment and its loading, so that the loader's share lies within
+_AT_MOST = 240.0  # seconds for the calls whose memory is asked
 _RECORDING = (figures.OURS, "unrecorded")
 
 
@@ -107,7 +108,7 @@ def _measure(stage: Stage, plan: Plan, advance: Any) -> Outcome:
                 if target.name == figures.OURS:
                     outcome.integrity = integrity(target)
         if figures.OURS in names and not plan.quick:
-            outcome.measures |= _memory(stage) | _workers(stage)
+            _apart(stage, outcome)
     return outcome
 
 
@@ -134,14 +135,26 @@ def integrity(target: Target) -> dict[str, Any]:
     return {**found, "complete": complete}
 
 
+def _apart(stage: Stage, outcome: Outcome) -> None:
+    """What takes servers of its own. One that fails leaves its figures out, and the reason among the failures."""
+    for name, measured in (("memory", _memory), ("workers", _workers)):
+        try:
+            outcome.measures |= measured(stage)
+        except (NotStarted, TimeoutError, ConnectionError) as error:
+            outcome.samples.failures[name] = str(error).strip()[-300:] or "calls stayed unanswered"
+
+
 def _memory(stage: Stage) -> dict[str, float]:
-    """The worker's memory after few and after many calls to a fresh server."""
+    """The worker's memory after few and after many calls to a fresh server. Raises TimeoutError where the machine is
+    too busy for so many."""
     found = {}
     with stage.target(figures.OURS, stage.cores.target) as target:
         for calls in (FEW, MANY):
             stage.say(f"memory after {calls} calls")
             more = calls - target.sent - 2 * SMALL.concurrency
-            rounds.loaded(target, replace(SMALL, calls=more, seconds=240.0))
+            rounds.loaded(target, replace(SMALL, calls=more, seconds=_AT_MOST))
+            if target.sent < calls:
+                raise TimeoutError(f"only {target.sent} of {calls} calls within {_AT_MOST:g} s")
             found[calls] = target.resident(ours.WORKER)
     return {
         "rss_50k_vs_5k": found[MANY] / found[FEW],
