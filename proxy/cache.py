@@ -36,6 +36,7 @@ class Cache:
     def __init__(self, seconds: float, size: int) -> None:
         self._seconds = seconds
         self._size = size
+        self.most = size // 10 - _OVERHEAD  # bytes of one answer
         self._held = 0
         self._kept: OrderedDict[bytes, Kept] = OrderedDict()
 
@@ -51,8 +52,8 @@ class Cache:
         return kept
 
     def put(self, key: bytes, status: int, headers: list[Header], body: bytes, call: Call) -> None:
-        """Keeps an answer, unless it would fill a tenth of the room or more."""
-        if len(body) + _OVERHEAD > self._size // 10:
+        """Keeps an answer, unless it would fill more than a tenth of the room."""
+        if len(body) > self.most:
             return
         if key in self._kept:
             self._drop(key)
@@ -77,6 +78,7 @@ class Keeper:
         self._status = 0
         self._headers: list[Header] = []
         self._parts: list[bytes] = []
+        self._size = 0
         self._whole = False
 
     async def send(self, message: Any) -> None:
@@ -84,13 +86,16 @@ class Keeper:
         if message["type"] == "http.response.start":
             self._status, self._headers = message["status"], message["headers"]
         else:
-            self._parts.append(message.get("body", b""))
+            self._size += len(message.get("body", b""))
+            if self._size <= self._cache.most:
+                self._parts.append(message.get("body", b""))
             self._whole = not message.get("more_body", False)
         await self._send(message)
 
     def keep(self, call: Call) -> None:
         """Afterwards: keeps the answer if it is one to keep."""
-        if self._whole and self._status == 200 and call.status == "ok":
+        fits = self._size <= self._cache.most
+        if fits and self._whole and self._status == 200 and call.status == "ok":
             self._cache.put(self._key, self._status, self._headers, b"".join(self._parts), call)
 
 

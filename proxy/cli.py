@@ -49,13 +49,24 @@ def announce(settings: "Settings", url: str) -> None:
     from collector.settings import without_credentials
 
     keys = len(settings.server.keys)
+    made = keys_were_made(settings.store.data_dir)
     rows = {
         "OPENAI_BASE_URL": f"{url}/v1",
         "upstream": without_credentials(settings.upstream.default),
         "data": str(settings.store.data_dir.resolve()),
-        "keys": f"on ({keys})" if keys else "off (this machine only)",
+        "keys": f"on ({keys} configured)" if keys else "on" if made else "off (this machine only)",
         "workers": str(settings.server.workers),
     }
     console.print("[bold]Ratchet serves.[/bold] Point your agent at it; Ctrl-C ends it.")
     for name, value in rows.items():
         console.print(f"  {name:<16} {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def keys_were_made(data_dir: Path) -> bool:
+    """Whether `ratchet keys create` was used here: then calls need a key."""
+    import orjson
+
+    try:
+        return bool(orjson.loads((data_dir / "deployments.json").read_bytes())["keyed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

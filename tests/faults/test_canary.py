@@ -18,8 +18,8 @@ import yaml
 from tests.fake_upstream import FakeUpstream, Received, Reply, chat, chat_events, error_reply, sse_reply
 from tests.served import Served, run_ratchet, served
 
-REQUESTS = int(os.environ.get("RATCHET_CANARIES", "120"))
-TRANSLATED = 8  # of them: LiteLLM is slow to import, and is only needed for some
+REQUESTS = int(os.environ.get("RATCHET_CANARIES", "60"))
+TRANSLATED = 4  # of them: LiteLLM is slow to import, and is only needed for some
 CLIENT = "sk-proj-canary0123456789abcdefCLIENT"  # an agent's own key, of the kinds that agents have
 ENTRY = "sk-canary-entry-0123456789abcdefghij"  # of the configuration
 TOKEN = "ghp_canary0123456789abcdefghijABCDEF"

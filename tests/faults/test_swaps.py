@@ -18,8 +18,8 @@ from tests.fake_upstream import FakeUpstream, Received, Reply, chunk, sse_reply
 from tests.faults.test_hot_swap import known_everywhere
 from tests.served import Served, served
 
-SWAPS = int(os.environ.get("RATCHET_SWAPS", "40"))
-STREAMS = int(os.environ.get("RATCHET_STREAMS", "12"))
+SWAPS = int(os.environ.get("RATCHET_SWAPS", "20"))
+STREAMS = int(os.environ.get("RATCHET_STREAMS", "8"))
 CALLS = 3  # of an episode
 TEXTS = {1: "You are a geography helper.", 2: "Output ONLY the city.", 3: "One word."}
 
