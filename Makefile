@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 TORCH_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install check format test otel-clients test-clients test-model faults bench-gateway demo serve image-steps clean lock
+.PHONY: install check format test otel-clients test-clients test-model faults bench-gateway bench-rl study-capital gpu-check demo serve image-steps clean lock
 
 # A stamp per lock: made anew when the lock or the project's metadata changes.
 $(VENV)/bin/python:
@@ -71,6 +71,18 @@ test-clients: install
 # What a recorded call costs beside a bare relay and other gateways, which it installs itself; about 13 minutes.
 bench-gateway: install
 	$(BIN)/python -m bench.gateway
+
+# Credit where the truth is known, and what training costs; about 10 minutes.
+bench-rl: install
+	$(BIN)/python -m bench.rl
+
+# The capital city agent trained on the local model: three seeds of prompt, SFT, RFT and GRPO; about half an hour.
+study-capital: install
+	$(BIN)/python -m bench.capital
+
+# Step time, tokens a second, memory and bfloat16's error on a GPU; says so where there is none.
+gpu-check: install
+	$(BIN)/python -m bench.gpu
 
 # What the Dockerfile does, without Docker.
 image-steps:

@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench.result import RESULTS, Result
 from collector.model import Episode, Step
 from examples.capital_city.grader import grade
 from optimize import credit
@@ -234,8 +235,10 @@ class Study:
         return exact(self.model.answers(self.validation, temperature=0, adapter=name))
 
 
-def measure(seeds: Sequence[int], methods: Sequence[str], say: Any) -> dict[str, list[dict[str, Any]]]:
-    """Method -> one entry a seed."""
+def measure(
+    seeds: Sequence[int], methods: Sequence[str], say: Any, out: Path | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Method -> one entry a seed; kept in `out` as they come."""
     use_threads()
     model = Model(MODEL)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
@@ -245,6 +248,8 @@ def measure(seeds: Sequence[int], methods: Sequence[str], say: Any) -> dict[str,
             for name in methods:
                 entry = {"seed": seed, **study.run(name)}
                 found[name].append(entry)
+                if out is not None:
+                    out.write_text(json.dumps(found) + "\n")
                 say(f"seed {seed} {name}: {np.mean(entry['greedy']):.3f} exact, {entry['seconds']:.0f} s")
     return found
 
@@ -274,14 +279,50 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="keep the raw figures there and not in bench/results")
+    parser.add_argument("--merge", type=Path, nargs="+", help="instead of measuring: make one result of such files")
     asked = parser.parse_args()
     console = Console()
+    began = time.monotonic()
+    if asked.merge:
+        pooled: dict[str, list[dict[str, Any]]] = {}
+        for path in asked.merge:
+            for name, entries in json.loads(path.read_text()).items():
+                pooled.setdefault(name, []).extend(entries)
+        console.print(table(pooled))
+        keep(pooled, sum(entry["seconds"] for entries in pooled.values() for entry in entries))
+        return
     seeds = range(asked.first, asked.first + asked.seeds)
-    found = measure(seeds, asked.methods.split(","), lambda line: console.print(line, highlight=False))
+    found = measure(seeds, asked.methods.split(","), lambda line: console.print(line, highlight=False), asked.out)
     console.print(table(found))
-    if asked.out:
-        asked.out.write_text(json.dumps(found) + "\n")
+    if asked.out is None:
+        keep(found, time.monotonic() - began)
+
+
+def keep(found: dict[str, list[dict[str, Any]]], seconds: float) -> None:
+    """Write bench/results/capital.json and its picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    must = {"rft": (">=", 0.80)}
+    means = {name: [float(np.mean(entry["greedy"])) for entry in entries] for name, entries in found.items()}
+    result = Result("capital", must, {name: float(np.mean(values)) for name, values in means.items()})
+    bounds = {name: interval([one for entry in entries for one in entry["greedy"]]) for name, entries in found.items()}
+    for name, entries in found.items():
+        result.measures[f"{name}, seconds a seed"] = float(np.mean([entry["seconds"] for entry in entries]))
+    result.notes = {"seeds": means, "ci95": bounds, "runs": found}
+    result.write(seconds)
+    pyplot.figure(figsize=(6, 3.5))
+    heights = [result.measures[name] for name in means]
+    errors = [[height - bounds[name][0] for name, height in zip(means, heights, strict=True)],
+              [bounds[name][1] - height for name, height in zip(means, heights, strict=True)]]  # fmt: skip
+    pyplot.bar(list(means), heights, yerr=errors, capsize=4)
+    pyplot.ylim(0, 1)
+    pyplot.title("Held-out capitals, greedy, exactly right", fontsize=9)
+    pyplot.tight_layout()
+    pyplot.savefig(RESULTS / "capital.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

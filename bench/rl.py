@@ -1,0 +1,131 @@
+"""Credit and training in figures: `python -m bench.rl` prints the tables and writes bench/results/rl.json.
+
+The capital city figures come from `python -m bench.capital`, which takes longer (see bench/results/capital.json), and
+are taken over with their own date; without that file they are left out.
+"""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from bench import credit
+from bench.result import RESULTS, Result
+
+MUST: dict[str, tuple[str, float]] = {
+    "gradient bias, standard errors": ("<=", 2.0),
+    "RMSE of gae over broadcast": ("<=", 0.5),
+    "RMSE of td_lambda over broadcast": ("<=", 0.5),
+    "loss parity": ("<=", 1e-5),
+    "capital city, held-out exact, mean of seeds": (">=", 0.80),
+    "episodes to the same return, gae over broadcast": ("<=", 0.7),
+    "merged rows, tokens": ("<=", 0.4),
+    "merged rows, seconds": ("<=", 0.5),
+    "step over TRL's": ("<=", 1.1),
+    "poisoned adapters promoted": ("<=", 0),
+}
+DEFAULTS = {"gae": ("gae", {}), "td_lambda": ("td_lambda", {})}
+SEEDS = 3
+
+
+def on_credit(result: Result) -> None:
+    """Bias, distance to the true advantages, learning speed."""
+    errors, spreads = credit.bias()
+    credit.FITTED.update(DEFAULTS)  # type: ignore[arg-type]  # the methods as they come, beside those with a given lambda
+    rmse = credit.distance()
+    ratios = {problem: {name: value / row["broadcast"] for name, value in row.items()} for problem, row in rmse.items()}
+    credit.LEARNERS = ("broadcast", "broadcast, leave-one-out", "gae 0.5", "gae 0")
+    episodes, reached = credit.speed()
+    credit.show("Gradient bias, in standard errors", errors, "{:+.2f}")
+    credit.show("RMSE to the true advantages over broadcast's", ratios)
+    credit.show("Episodes to 90 % of the gain, each with its best learning rate", episodes, "{:.0f}")
+    credit.show("Share of runs that got there", reached, "{:.2f}")
+    result.measures |= {
+        "gradient bias, standard errors": max(abs(one) for row in errors.values() for one in row.values()),
+        **{
+            f"RMSE of {name} over broadcast": credit._geometric([row[name] for row in ratios.values()])
+            for name in ("gae", "td_lambda", "leave_one_out", "gigpo, unscaled")
+        },
+        "episodes to the same return, gae over broadcast": credit._geometric(credit.against(episodes, "gae 0.5")),
+        "episodes to the same return, gae 0 over broadcast": credit._geometric(credit.against(episodes, "gae 0")),
+    }
+    result.notes |= {"bias": errors, "spread": spreads, "rmse_ratio": ratios, "episodes": episodes, "reached": reached}
+
+
+def on_training(result: Result) -> None:
+    """Parity, cost of a step, merging, the gate."""
+    from bench import training
+
+    result.measures["loss parity"] = training.losses()
+    steps, merged, poisoned = training.overhead(), training.merging(), training.poisoned()
+    result.measures |= {
+        "step over TRL's": steps["step"],
+        "step over TRL's, shared beginning": steps["step, shared beginning"],
+        "merged rows, tokens": merged["tokens"],
+        "merged rows, seconds": merged["seconds"],
+        "poisoned adapters promoted": poisoned.get("promote", 0),
+    }
+    result.notes["poisoned adapters"] = poisoned
+
+
+def on_capital(result: Result, folder: Path = RESULTS) -> None:
+    """What `bench.capital` measured."""
+    path = folder / "capital.json"
+    if not path.is_file():
+        return
+    found = json.loads(path.read_text())
+    best = found["measures"].get("rft")
+    if best is not None and len(found["notes"]["seeds"]["rft"]) >= SEEDS:
+        result.measures["capital city, held-out exact, mean of seeds"] = best
+    result.notes["capital city"] = {name: found[name] for name in ("measures", "machine", "seconds")}
+
+
+def picture(result: Result, folder: Path = RESULTS) -> Path:
+    """RMSE and episodes against broadcast's, problem by problem."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tables: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+        (
+            "RMSE to the true advantages, broadcast = 1",
+            result.notes["rmse_ratio"],
+            ("leave_one_out", "gae", "td_lambda"),
+        ),
+        ("Episodes to 90 % of the gain", result.notes["episodes"], ("broadcast, leave-one-out", "gae 0.5", "gae 0")),
+    ]
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    for axis, (title, table, names) in zip(axes, tables, strict=True):
+        for at, name in enumerate(names):
+            places = [index + 0.27 * at for index in range(len(table))]
+            axis.bar(places, [row[name] for row in table.values()], width=0.25, label=name)
+        axis.set_xticks([index + 0.27 for index in range(len(table))], list(table), rotation=30, ha="right", fontsize=7)
+        axis.set_title(title, fontsize=9)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    path = folder / "rl.svg"
+    figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def main() -> None:
+    """Measure, print, write."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    began = time.monotonic()
+    result = Result("rl", MUST)
+    on_training(result)
+    on_credit(result)
+    on_capital(result)
+    result.write(time.monotonic() - began)
+    picture(result)
+    result.show()
+
+
+if __name__ == "__main__":
+    main()
