@@ -177,7 +177,7 @@ def slots_list(url: Url = None, data_dir: DataDir = None, as_json: AsJson = Fals
         table.add_row(row["slot"], row["kind"], str(row["versions"]), _arms(row["live"]))
     console.print(table)
     if not slots:
-        console.print("No slot yet. `ratchet slots discover` proposes some from your calls; or name one under `slots:`.")
+        console.print("No slot yet. `ratchet slots discover` proposes some from your calls, or name one in `slots:`.")
 
 
 @slots_app.command("show")
