@@ -3,13 +3,16 @@
 SDKs made by Stainless (OpenAI's and Anthropic's) say `x-stainless-retry-count: 1` when they try again, for instance
 after their own timeout. Sent upstream, that would be a second bill for one answer. A retry with the same key, path and
 body, byte for byte, gets the running call's answer, headers and all; one upstream call, one span. It can join until the
-answer has begun, which is as long as SDKs retry. Calls are known to the worker that runs them, not to the others.
+answer has begun, which is as long as SDKs retry. An SDK hangs up before it tries again, so its calls aren't given up at
+once. Calls are known to the worker that runs them, not to the others.
 """
 
 import asyncio
 from typing import Any, Protocol
 
 from proxy.record import Call
+
+RETRIES = b"x-stainless-retry-count"
 
 
 class Answering(Protocol):
@@ -22,9 +25,11 @@ class Answering(Protocol):
 class Running:
     """One call under way, as retries see it. The first that joins puts itself between the call and its client."""
 
-    __slots__ = ("_client", "_followers", "_left", "_send", "call", "cancel", "raw")
+    __slots__ = ("_client", "_followers", "_left", "_sdk", "_send", "call", "cancel", "over", "raw")
 
-    def __init__(self, call: Call, raw: bytes, client: Answering) -> None:
+    def __init__(self, call: Call, raw: bytes, client: Answering, sdk: bool) -> None:
+        self.over = False  # whether it has been given up
+        self._sdk = sdk
         self.call = call
         self.raw = raw
         self.cancel: Any = None  # ends the call, when nobody is left to answer
@@ -36,12 +41,22 @@ class Running:
     @property
     def open(self) -> bool:
         """Whether its answer has not begun, so that it can be joined."""
-        return not self._client.started
+        return not self._client.started and not self.over
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a retry is to be expected: an SDK hung up before it saw anything of the answer."""
+        return self._sdk and self.open
+
+    @property
+    def joined(self) -> bool:
+        """Whether somebody else waits for the answer."""
+        return bool(self._followers)
 
     def leave(self) -> bool:
         """The call's own client has gone; whether the call goes on for others."""
         self._left = True
-        return bool(self._followers)
+        return self.joined
 
     def end(self) -> None:
         """Nothing more comes: an answer that is not complete ends unclean for those who joined, too."""
@@ -76,9 +91,9 @@ class Joining:
     def __init__(self) -> None:
         self._running: set[Running] = set()
 
-    def add(self, call: Call, raw: bytes, client: Answering) -> Running:
-        """From now on retries can join the call."""
-        running = Running(call, raw, client)
+    def add(self, call: Call, raw: bytes, client: Answering, awaited: bool) -> Running:
+        """From now on retries can join the call. `awaited`: its client is an SDK that makes some."""
+        running = Running(call, raw, client, awaited)
         self._running.add(running)
         return running
 
@@ -98,5 +113,5 @@ class Joining:
 
 def is_retry(headers: dict[bytes, bytes]) -> bool:
     """Whether an SDK says that it has sent this before."""
-    count = headers.get(b"x-stainless-retry-count", b"0")
+    count = headers.get(RETRIES, b"0")
     return count.isdigit() and int(count) > 0

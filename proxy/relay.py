@@ -15,7 +15,7 @@ from proxy.cache import Cache, Keeper, Kept, key_of
 from proxy.dialects.base import Dialect, Summary
 from proxy.errors import Broken, ClientGone, Header, UpstreamTimeout
 from proxy.identity import identify
-from proxy.joining import Running, is_retry
+from proxy.joining import RETRIES, Running, is_retry
 from proxy.options import Options
 from proxy.packing import unpack
 from proxy.prepare import Body, Prompts, parse
@@ -26,6 +26,7 @@ from proxy.upstream import Request, Upstream, headers_for
 
 log = logging.getLogger(__name__)
 _LENGTH = b"content-length"
+GRACE = 0.7  # seconds that a call goes on for an SDK which hung up, because SDKs try again after half a second
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')  # in a chunk that tells nothing but the usage
 
 
@@ -63,7 +64,7 @@ class HangUp:
         """`running`: goes on for others who joined it, until they have left too."""
         self._running = running
         self._connection: Cycle | None = scope.get("extensions", {}).get(CONNECTION)
-        self._gone = False
+        self._gone = self._released = False
 
     def __enter__(self) -> Self:
         self._block = asyncio.current_task()
@@ -83,18 +84,29 @@ class HangUp:
 
     def release(self) -> None:
         """Stops watching: from here on the answer is written, whether somebody hears it or not."""
+        self._released = True
         if self._connection is not None:
             self._connection.on_gone = None
         if self._running is not None:
             self._running.cancel = None
 
     def _leave(self) -> None:
-        if self._running is not None and self._running.leave():
-            self._running.cancel = self._cancel
-        else:
+        """Ends the call, or leaves it to those who joined it; a retry that is to be expected has a moment to do so."""
+        running = self._running
+        if running is None or not (running.leave() or running.awaited):
+            self._cancel()
+            return
+        running.cancel = self._cancel
+        if not running.joined:
+            asyncio.get_running_loop().call_later(GRACE, self._give_up)
+
+    def _give_up(self) -> None:
+        if not self._released and self._running is not None and not self._running.joined:
             self._cancel()
 
     def _cancel(self) -> None:
+        if self._running is not None:
+            self._running.over = True
         self._gone = True
         if self._block is not None:
             self._block.cancel()
@@ -195,7 +207,7 @@ class Relay:
         if joined is not None:
             await _join(scope, client, call, joined)
             return
-        client.running = self._options.joining.add(call, raw, client)
+        client.running = self._options.joining.add(call, raw, client, awaited=RETRIES in headers)
         with HangUp(scope, client.running) as hang_up:
             request = await self._prepare(scope, given, headers, raw, call)
             if call.limits is not None:

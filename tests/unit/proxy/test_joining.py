@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 
 from proxy import metrics
@@ -48,7 +49,7 @@ class Gate:
         return self._reply
 
     def open_when_joined(self) -> None:
-        wait_for(lambda: joined() > self._joined)
+        wait_for(lambda: joined() > self._joined, 9)
         self.open()
 
     def open(self) -> None:
@@ -182,3 +183,31 @@ def test_keys_dont_join_each_others_calls(upstream: FakeUpstream, tmp_path: Path
             gate.open()
             assert first.result().status_code == other.result().status_code == 200
         assert len(upstream.requests) == 2
+
+
+def test_an_sdk_that_gives_up_and_tries_again_pays_once(proxy: Worker, upstream: FakeUpstream) -> None:
+    gate = Gate(chat("Paris"))
+    upstream.reply(gate)
+    with (
+        openai.OpenAI(base_url=proxy.url, api_key="sk-mine", max_retries=1, timeout=2) as client,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        asked = pool.submit(
+            client.chat.completions.create, model="m", messages=[{"role": "user", "content": "Capital?"}]
+        )
+        gate.open_when_joined()
+        assert asked.result().choices[0].message.content == "Paris"
+    assert len(upstream.requests) == 1
+    span = proxy.span(count=1)
+    assert (span["status"], json.loads(span["attributes"])["joined"]) == ("ok", 1)
+
+
+def test_an_sdk_that_hangs_up_for_good_is_given_up_within_a_second(proxy: Worker, upstream: FakeUpstream) -> None:
+    upstream.reply(Reply(end="hang"))
+    headers = {"x-stainless-retry-count": "0"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(proxy.url + "/chat/completions", content=RAW, headers=headers, timeout=0.5)
+    assert upstream.requests[0].gone.wait(1)
+    assert proxy.span(count=1)["status"] == "cancelled"
+    assert post(proxy, x_stainless_retry_count="1").status_code == 200
+    assert len(upstream.requests) == 2
