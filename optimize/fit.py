@@ -22,7 +22,7 @@ from optimize.apo.result import ApoResult, holdout
 from optimize.apo.setup import Setup
 from optimize.apo.spec import ApoSpec
 from optimize.dataset import Task, make_task, split
-from optimize.function import FunctionRollouts
+from optimize.function import FunctionRollouts, identity
 from optimize.inference import asker
 from optimize.jobs import decoded, new_job_id
 from optimize.llm import Ask, completer
@@ -91,14 +91,8 @@ class Bound:
         return self.agent(task, resources[self.name])
 
     def context(self) -> str:
-        """What decides a reward beside prompt and task: the agent's source and its other resources."""
-        try:
-            source = inspect.getsource(self.agent)
-        except (OSError, TypeError):
-            source = repr(getattr(getattr(self.agent, "__code__", None), "co_code", self.agent))
-        return hashlib.sha256(
-            json.dumps([source, sorted(self.others), os.environ.get("OPENAI_MODEL")]).encode()
-        ).hexdigest()
+        """What decides a reward beside prompt and task, as far as it can be seen from here: see `identity`."""
+        return identity(self.agent, sorted(self.others))
 
 
 def bind(agent: Callable[..., Any], resources: Mapping[str, Any]) -> Bound:

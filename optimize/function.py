@@ -1,11 +1,16 @@
 """In-process rollouts: a Python function, sync or async, called once a task with the candidate as an argument."""
 
 import asyncio
+import hashlib
 import inspect
+import json
+import os
 import secrets
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from optimize.dataset import Task
@@ -129,3 +134,46 @@ class FunctionRollouts:
             loop = asyncio.get_running_loop()
             value = await loop.run_in_executor(self._pool, self._call, plan.task, plan.template or "")
         return await value if inspect.isawaitable(value) else value
+
+
+def identity(function: Callable[..., Any], resources: Sequence[str] = ()) -> str:
+    """A hash of what decides the function's results, as far as it can be seen: an edited function is another one.
+
+    The source files of its folder that are imported, the plain values that it refers to by name, OPENAI_MODEL, and the
+    names of its further `resources`.
+    """
+    inner = inspect.unwrap(function)
+    code = getattr(inner, "__code__", None)
+    digest = hashlib.sha256(json.dumps([list(resources), os.environ.get("OPENAI_MODEL")]).encode())
+    digest.update(json.dumps(_referred(inner, code), sort_keys=True).encode())
+    try:
+        digest.update(inspect.getsource(inner).encode())
+    except (OSError, TypeError):
+        digest.update(getattr(code, "co_code", b""))
+    for path in _beside(getattr(code, "co_filename", None)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _referred(function: Callable[..., Any], code: Any) -> dict[str, Any]:
+    """Plain values under names that the function uses: globals of its module, variables that it closes over."""
+    if code is None:
+        return {}
+    found = {name: getattr(function, "__globals__", {}).get(name) for name in code.co_names}
+    for name, cell in zip(code.co_freevars, getattr(function, "__closure__", None) or (), strict=False):
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    return {name: value for name, value in found.items() if isinstance(value, str | int | float | bool)}
+
+
+def _beside(filename: str | None) -> list[Path]:
+    """The imported source files of a function's folder, in order."""
+    path = Path(filename or "")
+    if not path.is_file():
+        return []
+    loaded = {Path(str(getattr(module, "__file__", None) or "")) for module in list(sys.modules.values())}
+    return sorted(
+        {path, *(one for one in loaded if one.parent == path.parent and one.suffix == ".py" and one.is_file())}
+    )

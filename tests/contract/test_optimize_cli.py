@@ -1,9 +1,11 @@
 """`ratchet optimize apo` in its further modes, as a user types it, through a real server: replay, engines, budgets."""
 
 import json
+import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
+from collector.client import Local
+from optimize.api import APO, PromptTemplate, Trainer, rollout
 from tests.fake_upstream import FakeUpstream, Received, Reply, chat
 from tests.served import RATCHET, Served, run_ratchet, served
 from tests.unit.optimize.world import script
@@ -169,3 +173,61 @@ def test_a_token_budget_holds_for_rollouts_edits_and_the_test_together(server: S
     assert 300 < sum(counts) <= 900
     unpriced = ratchet(server, folder, *words[:4], "--budget-usd", "1", *words[6:], "exact", "--", *script(folder))
     assert (unpriced.returncode, "cannot be held" in " ".join(unpriced.stderr.split())) == (2, True)
+
+
+def test_a_script_beside_a_running_server_writes_into_its_store(server: Served) -> None:
+    @rollout
+    async def agent(task: dict[str, Any], prompt_template: PromptTemplate) -> float:
+        return float("ONLY" in str(prompt_template))
+
+    trainer = Trainer(APO(budget=40), {"prompt_template": PromptTemplate("Help.")}, data_dir=server.data_dir)
+    result = trainer.fit(agent, TASKS)
+    assert result.verdict == "promote"
+    server.client.flush()
+    sql = "select count(*) from spans_v where operation = 'invoke_agent' and prompt_slot = 'agent-prompt_template'"
+    assert server.client.query(sql)["rows"] == [[result.details["rollouts"]]]
+    assert server.client.job(result.details["job_id"])["status"] == "done"
+
+
+def test_a_script_killed_with_9_pays_for_nothing_twice_when_run_again(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    words = [sys.executable, "script.py"]
+    env = {**os.environ, "RATCHET_DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(words, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log = tmp_path / "calls.log"
+    deadline = time.monotonic() + 60
+    while not (log.is_file() and len(log.read_text().splitlines()) >= 25):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0].decode()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    store = Local(tmp_path / "data")
+    before = len(store.evaluations())
+    store.close()
+    calls = len(log.read_text().splitlines())
+    assert calls - 2 <= before <= calls  # two at once: what was under way is lost, what was settled is not
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert "verdict promote" in done.stdout, done.stdout + done.stderr
+    store = Local(tmp_path / "data")
+    events = store.evaluations()
+    store.close()
+    assert len(log.read_text().splitlines()) == calls + len(events) - before
+    keys = Counter((event["version_hash"], event["task_id"], event["replicate"]) for event in events)
+    assert set(keys.values()) == {1}
+
+
+SCRIPT = """
+import asyncio
+from optimize.api import APO, PromptTemplate, Trainer, rollout
+
+@rollout
+async def agent(task, prompt_template):
+    await asyncio.sleep(0.05)
+    with open("calls.log", "a") as log:
+        log.write(prompt_template.format(**task).replace(chr(10), " ") + chr(10))
+    return float("ONLY" in str(prompt_template))
+
+resources = {"prompt_template": PromptTemplate("Help with {question}")}
+trainer = Trainer(APO(budget=60), resources, n_runners=2)
+print("verdict", trainer.fit(agent, [{"question": str(number)} for number in range(40)]).verdict)
+"""

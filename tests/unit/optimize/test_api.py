@@ -17,6 +17,7 @@ from collector.client import Local
 from collector.errors import BadInput, RatchetError
 from optimize.api import APO, FitResult, PromptTemplate, Trainer, rollout
 from optimize.fit import datasets
+from optimize.function import identity
 from tests.fake_upstream import FakeUpstream, Received, Reply, chat
 
 TASKS = [{"question": f"Say {number}.", "expected": str(number)} for number in range(100, 140)]
@@ -165,12 +166,12 @@ class Died(BaseException):
 def test_a_script_that_died_goes_on_where_it_was_when_it_is_run_again(tmp_path: Path) -> None:
     client = Client("json")
     calls: list[str] = []
-    limit = 30
+    limit = [30]  # not a plain value: an agent that refers to another number is another agent
 
     @rollout
     async def agent(task: dict[str, Any], prompt_template: PromptTemplate) -> float:
         text = prompt_template.format(**task)
-        if len(calls) >= limit:
+        if len(calls) >= limit[0]:
             raise Died
         calls.append(text)
         return float("CURTLY" in text)
@@ -185,8 +186,8 @@ def test_a_script_that_died_goes_on_where_it_was_when_it_is_run_again(tmp_path: 
     store = Local(tmp_path)
     paid = len(store.evaluations())
     store.close()
-    assert paid >= limit - 8
-    limit = 1000
+    assert paid >= limit[0] - 8
+    limit[0] = 1000
     calls.clear()
     result = fit()
     assert result.verdict == "promote"
@@ -348,3 +349,20 @@ def test_the_real_openai_clients_work_with_their_base_url_alone(tmp_path: Path, 
         if sync:
             client.close()
     assert (result.verdict, "CURTLY" in str(result.best_prompt)) == ("promote", True)
+
+
+def test_an_edited_agent_is_another_agent(tmp_path: Path) -> None:
+    def made(text: str, model: str = "a") -> str:
+        path = tmp_path / "script.py"
+        path.write_text(f"model = {model!r}\ndef agent(task, prompt_template):\n    return model, {text}\n")
+        space: dict[str, Any] = {}
+        exec(compile(path.read_text(), str(path), "exec"), space)
+        return identity(space["agent"])
+
+    assert made("1") == made("1")
+    assert len({made("1"), made("2"), made("1", model="b")}) == 3
+
+    def closing(model: str) -> Callable[..., Any]:
+        return lambda task, prompt_template: model
+
+    assert identity(closing("a")) == identity(closing("a")) != identity(closing("b"))

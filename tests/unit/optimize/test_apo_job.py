@@ -299,3 +299,25 @@ def test_an_optimizer_model_that_does_not_answer_does_not_stop_the_search(tmp_pa
     config = config.model_copy(update={"optimizer": broken})
     done = asyncio.run(run_apo(spec(tmp_path), cast(Client, world), world.url, settings=config))
     assert done.verdict == "promote"
+
+
+def test_replicates_are_means_of_each_held_out_task(tmp_path: Path, world: World) -> None:
+    done = run(world, tmp_path, spec(tmp_path, replicates=2))
+    arms = Counter((event["arm"], event["replicate"]) for event in world.evaluations(done.job_id))
+    assert [arms[arm, number] for arm in ("baseline", "candidate") for number in (0, 1)] == [10, 10, 10, 10]
+    assert (done.gate.n, done.gate.before, done.gate.after) == (10, 0.0, 1.0)
+
+
+def test_a_token_budget_leaves_room_for_the_test_and_is_not_exceeded(tmp_path: Path, world: World) -> None:
+    done = run(world, tmp_path, spec(tmp_path, budget=100, budget_tokens=300))
+    events = world.evaluations(done.job_id)
+    assert sum(event["input_tokens"] + event["output_tokens"] for event in events) <= 300
+    assert done.used["tokens"] <= 300
+    assert 100 > Counter(event["arm"] for event in events)["search"] > 8
+
+
+def test_dollars_that_nobody_counts_cannot_be_limited(tmp_path: Path, world: World) -> None:
+    with pytest.raises(BadInput, match="budget-usd cannot be held"):
+        run(world, tmp_path, spec(tmp_path, budget_usd=1.0), job_id="job-1")
+    assert len(world.evaluations("job-1")) == 1
+    assert world.job("job-1")["status"] == "failed"
