@@ -68,7 +68,7 @@ class Params:
     trial_most: int = 180  # pairs in it
     trial_pairs: int = 32  # pairs of a comparison before a search is given up
     trial_sd: float = 0.15  # of a leader's gain before the comparison, whose mean is 0
-    hope_after_trial: float = 0.1  # P(gain > worth) in the comparison from which the search goes on
+    hope_after_trial: float = 0.25  # P(gain > worth) in the comparison from which the search goes on
     dried: int = 3  # calls of an editor without anything new: before, what it may still find is not accounted for
     stop_loss: float = 0.02  # expected loss of reward that ends a run as converged
     limits: Limits = field(default_factory=Limits)

@@ -1,0 +1,214 @@
+"""`python -m bench.apo [--seeds N] [--worlds a,b]`: ours beside the real gepa and the real APO of agentlightning.
+
+Simulated worlds whose optimum is known, the same scripted editor for each. Writes bench/results/apo.json, apo.csv (one
+line a run) and apo.svg.
+"""
+
+import argparse
+import csv
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the matrices are small: threads only wait for one another
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.table import Table
+
+from bench.apo import agentlightning, picture
+from bench.apo.peers import factorial, gepa
+from bench.apo.worlds import NULLS, PUBLISHED, SCORED, SEED_PROMPT, SPECS, World, summary
+from bench.result import RESULTS, Result
+from optimize.gate import decide
+
+BUDGETS = (400, 1200)
+GRID = range(20, 1201, 20)
+MUST = {
+    "rollouts_to_gepa_1200_worst_world": ("<=", 400.0),
+    "worlds_above_gepa_at_400": (">=", 13.0),
+    "worlds_below_gepa_at_400": ("<=", 0.0),
+    "worlds_above_gepa_at_1200": (">=", 13.0),
+    "worlds_below_gepa_at_1200": ("<=", 0.0),
+    "worlds_above_agentlightning_at_400": (">=", 15.0),
+    "worlds_below_agentlightning_at_400": ("<=", 0.0),
+    "worlds_above_agentlightning_at_1200": (">=", 15.0),
+    "worlds_below_agentlightning_at_1200": ("<=", 0.0),
+    "null_promotions": ("<=", 0.05),
+    "held_out_bias": ("<=", 0.02),
+    "held_out_coverage": (">=", 0.93),
+    "budget_overshoot": ("<=", 0.0),
+}
+Line = dict[str, Any]
+
+
+def ours(name: str, seed: int, budget: int) -> Line:
+    """One search with the product's defaults, and the gate on held-out tasks."""
+    world = World(SPECS[name], seed)
+    run = factorial(world, budget, seed)
+    line: Line = {
+        "engine": "ratchet",
+        "world": name,
+        "seed": seed,
+        "budget": budget,
+        "score": world.score(run.template),
+    }
+    line |= {"rollouts": run.rollouts, "calls": run.calls, "stop": run.stop, "promoted": False}
+    if budget == max(BUDGETS):
+        line["curve"] = [_at(run.curve, rollouts) for rollouts in GRID]
+    if run.template != SEED_PROMPT:
+        before, after = (
+            [world.reward(text, task, 0, "gate") for task in world.held] for text in (SEED_PROMPT, run.template)
+        )
+        verdict = decide(before, after)
+        true = float(np.mean([world.success(run.template, t) - world.success(SEED_PROMPT, t) for t in world.held]))
+        line |= {"promoted": verdict.decision == "promote", "held_out": verdict.diff, "held_out_true": true}
+        line |= {"covered": verdict.ci95[0] <= true <= verdict.ci95[1]}
+    return line
+
+
+def theirs(name: str, seed: int, budget: int) -> Line:
+    """One search by gepa."""
+    world = World(SPECS[name], seed)
+    run = gepa(world, budget, seed)
+    line: Line = {"engine": "gepa", "world": name, "seed": seed, "budget": budget, "score": world.score(run.template)}
+    return line | {"rollouts": run.rollouts, "calls": run.calls}
+
+
+def _at(curve: Sequence[tuple[int, float]], rollouts: int) -> float:
+    """What would be reported after so many rollouts."""
+    return next((score for spent, score in reversed(curve) if spent <= rollouts), 0.0)
+
+
+def collect(worlds: Sequence[str], seeds: int, nulls: int, jobs: int) -> list[Line]:
+    """Every run, spread over processes; agentlightning's in an environment of its own, absent where there is none."""
+    lines: list[Line] = []
+    scored = [name for name in worlds if name in SCORED]
+    with ProcessPoolExecutor(jobs) as pool, _bar() as bar:
+        calls = [
+            pool.submit(ours, name, seed, budget) for name in scored for seed in range(seeds) for budget in BUDGETS
+        ]
+        calls += [
+            pool.submit(theirs, name, seed, budget) for name in scored for seed in range(seeds) for budget in BUDGETS
+        ]
+        calls += [
+            pool.submit(ours, name, seed, BUDGETS[0]) for name in NULLS if name in worlds for seed in range(nulls)
+        ]
+        if agentlightning.python() is not None:
+            calls += [pool.submit(agentlightning.runs, name, seeds, BUDGETS) for name in scored]
+        task = bar.add_task("searches", total=len(calls))
+        for call in as_completed(calls):
+            done = call.result()
+            lines += done if isinstance(done, list) else [done]
+            bar.advance(task)
+    return lines
+
+
+def _bar() -> Progress:
+    return Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True)
+
+
+def measure(result: Result, lines: Sequence[Line]) -> None:
+    """Fill in the measures and, by world, the means with their intervals."""
+    by: dict[tuple[str, str, int], dict[int, Line]] = defaultdict(dict)
+    for line in lines:
+        by[line["engine"], line["world"], line["budget"]][line["seed"]] = line
+    published = [name for name in PUBLISHED if ("ratchet", name, 400) in by]
+    table: dict[str, Any] = {}
+    for name in [name for name in SCORED if ("ratchet", name, 400) in by]:
+        table[name] = _world(by, name)
+    for peer in ("gepa", "agentlightning"):
+        for budget in BUDGETS:
+            gaps = [
+                table[name][f"minus_{peer}_{budget}"] for name in published if f"minus_{peer}_{budget}" in table[name]
+            ]
+            if gaps:
+                result.measures[f"worlds_above_{peer}_at_{budget}"] = sum(low > 0 for _, low, _ in gaps)
+                result.measures[f"worlds_below_{peer}_at_{budget}"] = sum(high < 0 for _, _, high in gaps)
+    reached = [table[name]["rollouts_to_gepa_1200"] for name in published]
+    result.measures["rollouts_to_gepa_1200_worst_world"] = max((one or float("inf") for one in reached), default=0)
+    mine = [line for line in lines if line["engine"] == "ratchet"]
+    null = [line for line in mine if line["world"] in NULLS]
+    if null:
+        result.measures["null_promotions"] = float(np.mean([line["promoted"] for line in null]))
+        result.measures["null_share_spent"] = float(np.mean([line["rollouts"] / line["budget"] for line in null]))
+        result.notes["null_runs"] = len(null)
+    gated = [line for line in mine if "held_out" in line]
+    if gated:
+        result.measures["held_out_bias"] = abs(
+            float(np.mean([one["held_out"] - one["held_out_true"] for one in gated]))
+        )
+        result.measures["held_out_coverage"] = float(np.mean([line["covered"] for line in gated]))
+    over = [line["rollouts"] - line["budget"] for line in mine]
+    result.measures["budget_overshoot"] = float(max(0, *over))
+    result.notes["worlds"] = table
+
+
+def _world(by: dict[tuple[str, str, int], dict[int, Line]], name: str) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for budget in BUDGETS:
+        mine = by["ratchet", name, budget]
+        for engine in ("ratchet", "gepa", "agentlightning"):
+            runs = by.get((engine, name, budget))
+            if runs:
+                row[f"{engine}_{budget}"] = summary([line["score"] for line in runs.values()])
+                if engine != "ratchet":
+                    gaps = [mine[seed]["score"] - line["score"] for seed, line in runs.items()]
+                    row[f"minus_{engine}_{budget}"] = summary(gaps)
+    curve = np.mean([line["curve"] for line in by["ratchet", name, max(BUDGETS)].values()], axis=0)
+    goal = row[f"gepa_{max(BUDGETS)}"][0]
+    row["curve"] = [round(float(score), 4) for score in curve]
+    row["rollouts_to_gepa_1200"] = next((at for at, score in zip(GRID, curve, strict=True) if score >= goal), None)
+    return row
+
+
+def show(result: Result, console: Console) -> None:
+    """The worlds' table, then the measures."""
+    table = Table(
+        "world", *(f"{engine} {budget}" for budget in BUDGETS for engine in ("ratchet", "gepa", "agentlightning"))
+    )
+    table.add_column("to gepa's 1,200")
+    for name, row in result.notes["worlds"].items():
+        cells = [row.get(f"{engine}_{b}") for b in BUDGETS for engine in ("ratchet", "gepa", "agentlightning")]
+        shown = [f"{cell[0]:.2f} ({cell[1]:.2f}..{cell[2]:.2f})" if cell else "absent" for cell in cells]
+        table.add_row(name, *shown, str(row["rollouts_to_gepa_1200"]))
+    console.print(table)
+    result.show(console)
+
+
+def main() -> None:
+    """Run, write, show."""
+    parser = argparse.ArgumentParser(prog="python -m bench.apo", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=int(os.environ.get("SEEDS", "10")))
+    parser.add_argument("--nulls", type=int, help="runs of each null world; default 6 a seed")
+    parser.add_argument("--worlds", default=",".join(SPECS), help="which, by name")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    worlds, began = options.worlds.split(","), time.monotonic()
+    if unknown := set(worlds) - set(SPECS):
+        parser.error(f"--worlds: no world {', '.join(sorted(unknown))}; there are {', '.join(SPECS)}")
+    console = Console()
+    if agentlightning.python() is None:
+        console.print("agentlightning is absent (make .venvs/bench-agentlightning installs it); its columns stay empty")
+    lines = collect(worlds, options.seeds, options.nulls or 6 * options.seeds, options.jobs)
+    result = Result("apo", MUST, notes={"seeds": options.seeds})
+    measure(result, lines)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "apo.csv").open("w", newline="") as file:
+        names = ["engine", "world", "seed", "budget", "score", "rollouts", "calls", "stop", "promoted", "held_out"]
+        writer = csv.DictWriter(file, [*names, "held_out_true", "covered"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(sorted(lines, key=lambda line: (line["world"], line["engine"], line["budget"], line["seed"])))
+    picture.draw(result.notes["worlds"], list(GRID), options.out / "apo.svg")
+    result.write(time.monotonic() - began, options.out)
+    show(result, console)
+
+
+if __name__ == "__main__":
+    main()
