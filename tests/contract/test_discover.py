@@ -8,6 +8,7 @@ import pytest
 
 from tests.fake_upstream import FakeUpstream
 from tests.served import Served, run_ratchet, served
+from tests.unit.proxy.harness import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +41,12 @@ def test_a_mined_template_is_adopted_and_the_next_calls_are_recognised(server: S
 
     made = run_ratchet("slots", "adopt", best["proposal"], "--slot", "guide", *flags)
     assert json.loads(made.stdout)["version"] == 1
-    before = len(upstream.requests)
-    while ask(server, "Ulan Bator").headers["x-ratchet-versions"] != "guide@1":
-        assert len(upstream.requests) < before + 50  # the worker hears of it within a second
+    wait_for(lambda: ask(server, "Ulan Bator").headers["x-ratchet-versions"] == "guide@1")
     sent = upstream.requests[-1].json["messages"][0]["content"]
     assert sent == "You are a guide to Ulan Bator.\nAnswer in 10 words, and only about Ulan Bator."
 
     better = "Guide people through {value} in {number} words."
     version = server.client.add_version("guide", template=better)["version"]
     server.client.promote("guide", version)
-    before = len(upstream.requests)
-    while ask(server, "Ulan Bator").headers["x-ratchet-versions"] != "guide@2":
-        assert len(upstream.requests) < before + 50
+    wait_for(lambda: ask(server, "Ulan Bator").headers["x-ratchet-versions"] == "guide@2")
     assert upstream.requests[-1].json["messages"][0]["content"] == "Guide people through Ulan Bator in 10 words."
