@@ -25,7 +25,6 @@ from proxy.table import Table
 from proxy.upstream import Upstream
 from proxy.versions import Versions
 
-
 DEFAULTS = {
     one.name: None if one.default is dataclasses.MISSING else one.default for one in dataclasses.fields(Exchange)
 }
