@@ -234,12 +234,32 @@ FROM rewards r LEFT JOIN found f USING (reward_id);
 
 -- Per target and name the latest value counts; weighted values of an episode and its spans are summed.
 CREATE OR REPLACE VIEW episode_rewards_v AS
-WITH latest AS (
-  SELECT episode_id, name, value FROM rewards_v
-  QUALIFY row_number() OVER (PARTITION BY target_kind, target_id, name ORDER BY ts_ns DESC, reward_id DESC) = 1
+WITH latest AS MATERIALIZED (
+  SELECT target_kind, target_id, name, arg_max(value, {'at': ts_ns, 'id': reward_id}) AS value
+  FROM rewards WHERE name IN (SELECT name FROM reward_weights) GROUP BY ALL
+),
+placed AS (
+  SELECT target_id AS episode_id, name, value FROM latest WHERE target_kind = 'episode'
+  UNION ALL
+  SELECT s.episode_id, l.name, l.value FROM latest l JOIN spans s ON s.span_id = l.target_id
+  WHERE l.target_kind = 'span'
+  UNION ALL
+  SELECT s.episode_id, l.name, l.value FROM latest l JOIN echoes e ON e.span_id = l.target_id
+  JOIN spans s ON s.span_id = e.echo_of WHERE l.target_kind = 'span'
+  UNION ALL
+  SELECT s.episode_id, l.name, l.value FROM latest l JOIN spans s ON s.response_id = l.target_id
+  WHERE l.target_kind = 'response'
+  QUALIFY row_number() OVER (PARTITION BY l.target_id, l.name ORDER BY s.start_ns DESC, s.span_id DESC) = 1
+  UNION ALL
+  SELECT s.episode_id, l.name, l.value FROM latest l JOIN (
+    SELECT trace_id, episode_id, start_ns, span_id FROM spans
+    UNION ALL
+    SELECT e.trace_id, o.episode_id, o.start_ns, o.span_id FROM echoes e JOIN spans o ON o.span_id = e.echo_of
+  ) s ON s.trace_id = l.target_id WHERE l.target_kind = 'trace'
+  QUALIFY row_number() OVER (PARTITION BY l.target_id, l.name ORDER BY s.start_ns DESC, s.span_id DESC) = 1
 )
-SELECT l.episode_id, sum(l.value * w.weight) AS reward
-FROM latest l JOIN reward_weights w USING (name) WHERE l.episode_id IS NOT NULL GROUP BY l.episode_id;
+SELECT p.episode_id, sum(p.value * w.weight) AS reward FROM placed p JOIN reward_weights w USING (name)
+GROUP BY p.episode_id;
 
 CREATE OR REPLACE VIEW episodes_v AS
 SELECT e.* EXCLUDE (prompt_ns, prompt, fold), r.reward, e.prompt.slot AS prompt_slot,

@@ -1,0 +1,1 @@
+"""The store measured beside what one would use without it: rows as they are in DuckDB and SQLite."""

@@ -1,0 +1,71 @@
+"""`python -m bench.store`: every figure of the store, its picture and its JSON, in one run of some minutes."""
+
+import argparse
+import time
+from pathlib import Path
+
+from bench.result import RESULTS, Result
+from bench.store import ingest, live, million
+
+MUST = {
+    "record_p99_ms_idle": ("<=", 1.0),
+    "record_p99_ms_heavy_query": ("<=", 2.0),
+    "ingest_x_executemany": (">=", 10.0),
+    "bytes_json_columns_x": (">=", 5.0),
+    "bytes_sqlite_x": (">=", 10.0),
+    "episodes_x_sqlite": (">=", 10.0),
+    "page_ms": ("<=", 50.0),
+    "visible_max_s": ("<=", 2.0),
+    "rebuild_identical": (">=", 1.0),
+    "phoenix_ingest_x": (">=", 10.0),
+}
+
+
+def main() -> None:
+    """Read the flags, measure, write."""
+    parser = argparse.ArgumentParser(prog="python -m bench.store", description=__doc__)
+    parser.add_argument("--spans", type=int, default=1_000_000, help="narrow spans of the reading figures")
+    parser.add_argument("--wide", type=int, default=20_000, help="6 KB spans of the ingest figures")
+    parser.add_argument("--sample", type=int, default=2_000, help="of them, for executemany")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of recording, twice")
+    flags = parser.parse_args()
+    began = time.monotonic()
+    result = Result("store", MUST)
+    result.notes["phoenix"] = "absent: not measured in this run"
+    result.notes["wide_spans"], result.notes["narrow_spans"] = flags.wide, flags.spans
+    live.measure(result, flags.seconds, 200, 20)
+    ingest.measure(result, flags.wide, flags.sample, flags.rounds)
+    million.measure(result, flags.spans, flags.rounds)
+    result.write(time.monotonic() - began)
+    picture(result, RESULTS / "store.svg")
+    result.show()
+
+
+def picture(result: Result, path: Path) -> None:
+    """How many times each bound is kept, on a logarithmic axis; left of 1 it is not."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [name for name in MUST if result.measures.get(name)]
+    kept = []
+    for name in names:
+        sign, bound = MUST[name]
+        value = result.measures[name]
+        kept.append(value / bound if sign == ">=" else bound / value)
+    figure, axes = pyplot.subplots(figsize=(8, 0.45 * len(names) + 1.2))
+    axes.barh(names, kept, color=["#2a7f62" if ratio >= 1 else "#b23a48" for ratio in kept])
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel("times better than the bound")
+    axes.invert_yaxis()
+    for number, name in enumerate(names):
+        axes.annotate(f" {result.measures[name]:.3g}", (kept[number], number), va="center", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
