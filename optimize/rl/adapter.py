@@ -8,13 +8,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from collector.adapters import content_hash
+from collector.engines import CANARY_FILE
 from collector.errors import BadInput
 
 MANIFEST, CONFIG, WEIGHTS = "manifest.json", "adapter_config.json", "adapter_model.safetensors"
@@ -66,8 +67,12 @@ def save(
     job_id: str | None = None,
     parent: str | None = None,
     metrics: Mapping[str, float | None] | None = None,
+    canaries: Sequence[Mapping[str, Any]] = (),
 ) -> Manifest:
-    """Write a PEFT model's adapter into a new folder, whole or not at all. Raises BadInput where the folder exists."""
+    """Write a PEFT model's adapter into a new folder, whole or not at all. Raises BadInput where the folder exists.
+
+    `canaries` are fixed answers by which an engine is asked whether it serves what was trained (see `engines`).
+    """
     if directory.exists():
         raise BadInput(f"{directory} exists: a version is never overwritten", param="adapter")
     draft = directory.with_name(f".{directory.name}.{os.getpid()}")
@@ -89,6 +94,8 @@ def save(
         metrics={name: _finite(value) for name, value in (metrics or {}).items()},
     )
     (draft / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+    if canaries:
+        (draft / CANARY_FILE).write_text(json.dumps([dict(one) for one in canaries], ensure_ascii=False) + "\n")
     draft.rename(directory)
     return manifest
 

@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from collector.errors import BadInput
 from optimize.rl import adapter
 from optimize.rl.batch import collate
+from optimize.rl.canary import canaries
 from optimize.rl.guard import Guard, Limits, OnStep
 from optimize.rl.logprobs import token_logprobs
 from optimize.rl.methods import Method, method
@@ -188,7 +189,16 @@ def train(
     metrics: dict[str, float | None] = {**(guard.curves[-1] if guard.curves else {}), "rows": float(len(rows))}
     out.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     named = None if parent is None else parent.name
-    adapter.save(model, out, base=base, method=spec.method, job_id=job_id, parent=named, metrics=metrics)
+    adapter.save(
+        model,
+        out,
+        base=base,
+        method=spec.method,
+        job_id=job_id,
+        parent=named,
+        metrics=metrics,
+        canaries=canaries(model, tokenizer, rows),
+    )
     return Trained(out, steps, len(rows), time.monotonic() - began, guard.curves)
 
 

@@ -13,9 +13,12 @@ pytest.importorskip("trl", reason="training needs the extra `rl`")
 
 from safetensors.torch import load_file
 
+from collector.engines import EngineFailed, HttpEngine, Served, try_out
 from collector.errors import BadInput
+from collector.settings import EngineEntry
 from optimize.rl.adapter import MANIFEST, WEIGHTS, verify
 from optimize.rl.attention import Segment
+from optimize.rl.engine import Engine
 from optimize.rl.guard import Guard, Limits
 from optimize.rl.memory import Memory
 from optimize.rl.methods import METHODS, method
@@ -23,7 +26,7 @@ from optimize.rl.model import LanguageModel
 from optimize.rl.preference import dpo_records, kto_records, sft_records
 from optimize.rl.rows import Report, Row
 from optimize.rl.train import TrainSpec, check_versions, load_base, score, train, usable, wrap
-from tests.unit.optimize.rl.conftest import tiny_gemma
+from tests.unit.optimize.rl.conftest import served, tiny_gemma
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -92,6 +95,21 @@ def test_the_trained_adapter_is_served_by_the_engine(tiny_directory: Path, tmp_p
     logits = model.forward([Segment(Memory(), rows()[1].prompt_ids, 0, "a")])[0]
     plain = model.forward([Segment(Memory(), rows()[1].prompt_ids, 0, None)])[0]
     assert torch.log_softmax(logits, -1)[GOOD[0]] > torch.log_softmax(plain, -1)[GOOD[0]]
+
+
+def test_an_engine_is_told_from_another_adapter_by_the_fixed_answers(tiny_directory: Path, tmp_path: Path) -> None:
+    """The canary that comes with an adapter passes under it, and fails where the base is served in its name."""
+    train(
+        tiny_directory, rows(), spec("rft", epochs=6, limits=Limits(most_kl=1e9)), tmp_path / "a", work=tmp_path / "w"
+    )
+    engine = Engine(LanguageModel.load(tiny_directory), "tiny")
+    engine.model.adapters.load("a", tmp_path / "a")
+    with served(engine.app()) as url:
+        client = HttpEngine(EngineEntry(api_base=f"{url}/v1", base_model="tiny"))
+        try_out(client, Served("tiny", "a", tmp_path / "a"))
+        with pytest.raises(EngineFailed):
+            try_out(client, Served("tiny", "tiny", tmp_path / "a"))
+        client.close()
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(tiny_directory: Path, tmp_path: Path) -> None:
