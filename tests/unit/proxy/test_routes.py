@@ -475,7 +475,12 @@ def test_an_unforeseen_failure_is_an_envelope(tmp_path: Path, monkeypatch: pytes
 MATRIX = {
     ("POST", "/reward"): {"reward", "admin"},
     ("POST", "/v1/reward"): {"reward", "admin"},
+    ("POST", "/v1/traces"): {"agent", "admin"},
+    ("POST", "/v1/logs"): {"agent", "reward", "admin"},
     ("GET", "/api/slots"): {"admin"},
+    ("GET", "/api/keys"): {"admin"},
+    ("POST", "/api/keys"): {"admin"},
+    ("DELETE", "/api/keys/key-1"): {"admin"},
     ("POST", "/api/slots/x/promote"): {"admin"},
     ("GET", "/v1/models"): {"agent", "admin"},
     ("GET", "/v1/models/mine"): {"agent", "admin"},
