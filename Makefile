@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 TORCH_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install check format test otel-clients test-clients test-model faults bench-apo bench-gateway bench-rl study-capital gpu-check demo serve image-steps clean lock
+.PHONY: install check format test otel-clients test-phoenix test-clients test-model faults bench-apo bench-gateway bench-rl study-capital gpu-check demo serve image-steps clean lock
 
 # A stamp per lock: made anew when the lock or the project's metadata changes.
 $(VENV)/bin/python:
@@ -92,6 +92,10 @@ study-capital: install
 # Step time, tokens a second, memory and bfloat16's error on a GPU; says so where there is none.
 gpu-check: install
 	$(BIN)/python -m bench.gpu
+
+# A real Arize Phoenix on loopback: what is exported arrives, by its own API; and ingest beside it.
+test-phoenix: install
+	$(BIN)/python scripts/phoenix.py
 
 # What the Dockerfile does, without Docker.
 image-steps:
