@@ -2,8 +2,8 @@
 
 Counted in a small mapped file that all workers share, so the limits are the server's, not each worker's, and survive
 restarts and kills. A call is admitted by what was used before it; what it uses itself counts once it is over, so a
-budget ends with the calls that are running when it is reached. What an upstream doesn't tell isn't counted: a stream cut
-before its usage, a model without a price. Calls of keys without limits never get here.
+budget ends with the calls that are running when it is reached. What an upstream doesn't tell isn't counted: a stream
+cut before its usage, a model without a price. Calls of keys without limits never get here.
 
     record   key (16 bytes) | minute | requests in it | day | tokens, dollars of the day | tokens, dollars in all |
              calls running, one number a worker (u32 x 64)

@@ -62,7 +62,8 @@ def proxy(upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory) -> I
     registry = Registry()
     registry.add("geo", OWN)
     slots = {"geo": {"template": OWN, "train": True}}
-    with worker(tmp_path_factory.mktemp("c"), upstream.url, registry, model_list=entries, slots=slots) as running:
+    more = {"slots": slots, "engines": [{"api_base": upstream.url, "base_model": "gemma"}]}
+    with worker(tmp_path_factory.mktemp("c"), upstream.url, registry, model_list=entries, **more) as running:
         yield running
 
 
@@ -80,7 +81,9 @@ def recorded(proxy: Worker) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("model", "prompt"), [("trained", "none"), ("plain", OWN), ("elsewhere", OWN)])
+@pytest.mark.parametrize(
+    ("model", "prompt"), [("trained", "none"), ("plain", OWN), ("elsewhere", OWN), ("gemma", "none")]
+)
 def test_a_marked_model_or_slot_is_recorded_and_the_client_sees_nothing_of_it(
     proxy: Worker, upstream: FakeUpstream, model: str, prompt: str, stream: bool
 ) -> None:
