@@ -8,7 +8,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
@@ -66,6 +66,7 @@ class Server(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=4000, ge=0, le=65535)
+    otlp_port: Annotated[int, Field(ge=0, le=65535)] | Literal["auto"] | None = "auto"
     workers: int = Field(default=1, ge=1, le=64)
     allowed_hosts: tuple[str, ...] = ()
     keys: tuple[Key, ...] = ()
@@ -192,10 +193,18 @@ class Gate(Section):
     max_length: float | None = Field(default=None, gt=0)
 
 
-class Redaction(Section):
-    """What is masked before a line is written. Secrets always are."""
+Privacy = Literal["full", "masked", "hash", "none"]
 
+
+class Redaction(Section):
+    """What is masked before a line is written. Secrets always are. A slot's mode goes before a route's."""
+
+    mode: Privacy = "masked"
+    routes: dict[str, Privacy] = Field(default_factory=dict)
+    slots: dict[str, Privacy] = Field(default_factory=dict)
     emails: bool = False
+    phones: bool = False
+    cards: bool = False
 
 
 class Storage(Section):

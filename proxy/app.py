@@ -6,6 +6,7 @@ from urllib.parse import unquote
 from collector.errors import RatchetError
 from collector.journal import Journal
 from collector.prices import Prices
+from collector.privacy import Policy
 from collector.settings import Settings
 from proxy import errors, limits
 from proxy.auth import Guard
@@ -43,7 +44,7 @@ class App:
         self._relay = Relay(
             upstream,
             Prompts(versions, table),
-            Recorder(journal, table, settings.store.redaction.emails, prices),
+            Recorder(journal, table, settings.store.redaction.emails, prices, Policy.of(settings.store.redaction)),
             table,
             self._guard,
             int(settings.server.max_body_mb * (1 << 20)),

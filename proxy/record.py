@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from collector import redact
 from collector.journal import Journal
 from collector.model import Status
 from collector.prices import Prices
+from collector.privacy import Policy
 from proxy import metrics
 from proxy.dialects.base import Dialect, Json, Reading, Summary, integer
 from proxy.errors import Header
@@ -79,7 +81,6 @@ class Call:
     hidden: Hidden | None = None  # what the answer holds that the client did not ask for
     truncated: bool = False  # whether a part of the answer was too long to be kept
     written: bool = False
-    _identity: Identity | None = None
 
     def __init__(self, route: Route, dialect: Dialect, trace: Trace, named: str | None, tenant: str) -> None:
         """`named`: the header x-ratchet-episode. `tenant`: the name of the key; empty without keys."""
@@ -93,16 +94,10 @@ class Call:
         self.began = time.perf_counter_ns()
         self.applied: list[Applied] = []
 
-    @property
+    @cached_property
     def identity(self) -> Identity:
         """The episode; for a call that is refused before its body could tell, what URL and headers say."""
-        if self._identity is None:
-            self._identity = provisional(self.route.episode, self.named, self.trace)
-        return self._identity
-
-    @identity.setter
-    def identity(self, identity: Identity) -> None:
-        self._identity = identity
+        return provisional(self.route.episode, self.named, self.trace)
 
     def first_byte(self) -> None:
         """The upstream's first byte of the body is here."""
@@ -130,11 +125,19 @@ class Call:
 class Recorder:
     """Writes calls to the journal, and leaves what the episode's next call is found by."""
 
-    def __init__(self, journal: Journal, table: Table, emails: bool, prices: Prices | None = None) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        table: Table,
+        emails: bool,
+        prices: Prices | None = None,
+        policy: Policy | None = None,
+    ) -> None:
         self._prices = Prices() if prices is None else prices
         self._journal = journal
         self._table = table
         self._emails = emails
+        self._policy = policy
 
     def write(self, call: Call) -> None:
         """Writes the span, unless it is written already. Never raises: a call must not fail because of its record."""
@@ -149,7 +152,10 @@ class Recorder:
             call.cost_usd = self._cost(call)
         try:
             line = exchange(call, seconds)
-            redact.payloads(line, emails=self._emails)
+            if self._policy is None:
+                redact.payloads(line, emails=self._emails)
+            else:
+                self._policy.apply(line)
             self._journal.append("span", line)
             if call.status == "ok":
                 responses = call.dialect.operation == "responses"
