@@ -16,6 +16,7 @@ default ./data); a script that was killed goes on where it was when it is run ag
 """
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -183,7 +184,7 @@ class Trainer:
         """
         from optimize.fit import fit
 
-        result = _to_end(fit(self, agent, list(train_dataset), list(val_dataset or ())))
+        result = _LOOP.run(fit(self, agent, list(train_dataset), list(val_dataset or ())))
         self.algorithm.best_prompt = result.best_prompt
         console.print("Best prompt:", style="bold")
         console.print(str(result.best_prompt), markup=False, highlight=False, soft_wrap=True)
@@ -197,23 +198,33 @@ class Trainer:
         return self.fit(agent, train_dataset, val_dataset)
 
 
-def _to_end(work: Coroutine[Any, Any, R]) -> R:
-    """Run to the end, in a thread of its own where a loop runs already, as in a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    ended: list[R | BaseException] = []
+class _Loop:
+    """One event loop for all fits of the process, in a thread of its own.
 
-    def run() -> None:
+    So fit works where a loop runs already, as in a notebook, and an async client of the script, whose connections
+    belong to the loop that opened them, still works at the next fit.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self, work: Coroutine[Any, Any, R]) -> R:
+        """Run to the end; Ctrl-C cancels the work first."""
+        future = asyncio.run_coroutine_threadsafe(work, self._started())
         try:
-            ended.append(asyncio.run(work))
-        except BaseException as error:  # noqa: BLE001  # boundary: whatever it was is raised in the caller's thread
-            ended.append(error)
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            concurrent.futures.wait([future], timeout=10)
+            raise
 
-    thread = threading.Thread(target=run, name="fit")
-    thread.start()
-    thread.join()
-    if isinstance(ended[0], BaseException):
-        raise ended[0]
-    return ended[0]
+    def _started(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="fit", daemon=True).start()
+            return self._loop
+
+
+_LOOP = _Loop()

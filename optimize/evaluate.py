@@ -208,7 +208,9 @@ class JournalledEvaluator:
 
 def _again(rollout: Rollout, *, last: bool) -> bool:
     """Whether to try once more. A proxy that stays away is never a prompt's failure; an upstream's error is at last."""
-    return rollout.reason in INFRASTRUCTURE and not (last and rollout.reason == "upstream")
+    if rollout.reason == "proxy_unreachable":
+        return True
+    return not last and not rollout.ok and (rollout.upstream or rollout.reason in INFRASTRUCTURE)
 
 
 def feedback(task: Task, reason: str | None, detail: str = "") -> str:

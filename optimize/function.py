@@ -117,7 +117,7 @@ class FunctionRollouts:
             if str(error):  # the function's own, not the limit's
                 return None, "crash", f"TimeoutError: {error}"
             return None, "timeout", f"ended after {self._timeout:g} s"
-        except Exception as error:  # noqa: BLE001  # boundary: the user's function may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # boundary: the user's function may raise anything
             names = {kind.__name__ for kind in type(error).__mro__}
             return None, "upstream" if names & UPSTREAM else "crash", f"{type(error).__name__}: {error}"
         if value is None:

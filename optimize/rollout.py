@@ -30,6 +30,7 @@ class Rollout:
     output_tokens: int | None = None
     detail: str = ""
     cost_usd: float | None = None
+    upstream: bool = False  # it crashed, and its last call had failed for want of the model
 
     @property
     def score(self) -> float:

@@ -26,7 +26,7 @@ DETAIL_CHARS = 2000
 TASK_BYTES_IN_ENVIRONMENT = 100_000
 # Newest episodes of all runs; a constant, so that no query is made of text. What it misses is asked for one by one.
 RECENT = """
-select episode_id, steps, input_tokens, output_tokens, cost_usd, reward from episodes_v
+select episode_id, steps, input_tokens, output_tokens, cost_usd, errors, reward from episodes_v
 where starts_with(episode_id, 'run-') order by start_ns desc
 """
 
@@ -205,7 +205,16 @@ class Runner:
             output_tokens=known.get("output_tokens"),
             detail=detail,
             cost_usd=known.get("cost_usd"),
+            upstream=reason == "crash"
+            and bool(known.get("errors"))
+            and await self._upstream_failed(attempt.episode_id),
         )
+
+    async def _upstream_failed(self, episode: str) -> bool:
+        """Whether the episode's last call failed for want of the model: no answer, too many calls, a server error."""
+        spans = (await patiently(lambda: self.client.spans(1, episode_id=episode)))["spans"]
+        status = spans[0]["http_status"] if spans else None
+        return bool(spans) and spans[0]["status"] == "error" and (status is None or status == 429 or status >= 500)
 
     async def _graded(self, attempt: _Attempt) -> tuple[float | None, str | None, str]:
         if self._grade is None:

@@ -17,7 +17,7 @@ import pytest
 
 from collector.client import Local
 from optimize.api import APO, PromptTemplate, Trainer, rollout
-from tests.fake_upstream import FakeUpstream, Received, Reply, chat
+from tests.fake_upstream import FakeUpstream, Received, Reply, chat, error_reply
 from tests.served import RATCHET, Served, run_ratchet, served
 from tests.unit.optimize.world import script
 
@@ -173,6 +173,18 @@ def test_a_token_budget_holds_for_rollouts_edits_and_the_test_together(server: S
     assert 300 < sum(counts) <= 900
     unpriced = ratchet(server, folder, *words[:4], "--budget-usd", "1", *words[6:], "exact", "--", *script(folder))
     assert (unpriced.returncode, "cannot be held" in " ".join(unpriced.stderr.split())) == (2, True)
+
+
+def test_an_upstream_that_stumbles_is_not_the_prompts_fault(
+    server: Served, upstream: FakeUpstream, folder: Path
+) -> None:
+    server.client.add_version("stumble", kind="prompt", template=SEED)
+    for status in (503, 429):
+        upstream.reply(error_reply(status))
+    words = ["optimize", "apo", "--slot", "stumble", "--tasks", "tasks.jsonl", "--grader", "exact", "--budget", "20"]
+    done = ratchet(server, folder, *words, "--concurrency", "1", "--json", "--", *script(folder))
+    assert done.returncode in (0, 1), done.stderr
+    assert all(event["ok"] for event in server.client.evaluations(json.loads(done.stdout)["job_id"]))
 
 
 def test_a_script_beside_a_running_server_writes_into_its_store(server: Served) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from collector.client import Local
 from collector.errors import BadInput, RatchetError
-from optimize.api import APO, FitResult, PromptTemplate, Trainer, rollout
+from optimize.api import _LOOP, APO, FitResult, PromptTemplate, Trainer, rollout
 from optimize.fit import datasets
 from optimize.function import identity
 from tests.fake_upstream import FakeUpstream, Received, Reply, chat
@@ -214,6 +215,16 @@ def test_an_agent_that_always_fails_ends_early_and_says_how(tmp_path: Path) -> N
     assert calls <= 24
 
 
+def test_an_agent_that_exits_is_a_crash_and_not_our_end(tmp_path: Path) -> None:
+    @rollout
+    async def agent(task: dict[str, Any], prompt_template: PromptTemplate) -> float:
+        sys.exit("no more")
+
+    trainer = Trainer(APO(budget=100), {"prompt_template": prompt()}, data_dir=tmp_path)
+    with pytest.raises(RatchetError, match=r"crash.*SystemExit: no more"):
+        trainer.fit(agent, TASKS)
+
+
 def test_an_agent_that_returns_nothing_is_told_so(tmp_path: Path) -> None:
     @rollout
     async def agent(task: dict[str, Any], prompt_template: PromptTemplate) -> None:
@@ -320,8 +331,7 @@ def test_no_task_is_both_searched_on_and_held_out() -> None:
     assert len({task.id for task in [*twice.search, *twice.held]}) == 41
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("sync", [False, True])  # the script's own async client is never closed, as in most scripts
+@pytest.mark.parametrize("sync", [False, True])
 def test_the_real_openai_clients_work_with_their_base_url_alone(tmp_path: Path, sync: bool) -> None:
     def model(request: Received) -> Reply:
         text = request.json["messages"][-1]["content"]
@@ -346,8 +356,12 @@ def test_the_real_openai_clients_work_with_their_base_url_alone(tmp_path: Path, 
             data_dir=tmp_path,
         )
         result = trainer.fit(agent=rollout(now if sync else later), train_dataset=TASKS)
+        again = trainer.fit(agent=rollout(now if sync else later), train_dataset=TASKS[:30])
+        assert again.holdout is not None
         if sync:
             client.close()
+        else:  # in the loop that opened its connections, as filterwarnings = error wants it
+            _LOOP.run(client.close())
     assert (result.verdict, "CURTLY" in str(result.best_prompt)) == ("promote", True)
 
 

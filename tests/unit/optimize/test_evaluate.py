@@ -13,6 +13,7 @@ from optimize.dataset import make_task
 from optimize.evaluate import JournalledEvaluator, context_hash
 from optimize.evaluation import Outcome, Request
 from optimize.grade import grader
+from optimize.rollout import Rollout
 from optimize.runner import Runner
 from tests.unit.optimize.world import World, script
 
@@ -159,3 +160,27 @@ def test_the_context_changes_with_command_grader_model_and_the_agents_source(tmp
     edited = of()
     (tmp_path / "g.py").write_text("2")
     assert len({first, edited, of()}) == 3
+
+
+def test_a_rollout_that_its_model_failed_is_tried_again_and_others_are_not(world: World) -> None:
+    tried: list[str] = []
+
+    class Flaky:
+        base_url = "nowhere"
+
+        async def run_all(self, plans: Any, on_settled: Any = None) -> list[Rollout]:
+            rollouts = []
+            for plan in plans:
+                tried.append(plan.task.id)
+                again = tried.count(plan.task.id) > 1
+                made = {"0": (again, True), "1": (False, False), "2": (False, True)}.get(plan.task.id, (True, False))
+                reason = None if made[0] else "crash"
+                rollouts.append(Rollout(plan.task.id, "e", 1.0, made[0], reason, "", 0.0, upstream=made[1]))
+            await on_settled(list(enumerate(rollouts)))
+            return rollouts
+
+    made = JournalledEvaluator(Flaky(), cast(Client, world), "s", job_id="job-1", context="c")
+    outcomes = asyncio.run(made.evaluate([Request("Obey.", task) for task in TASKS[:4]]))
+    assert [outcome.ok for outcome in outcomes] == [True, False, False, True]
+    assert [tried.count(task.id) for task in TASKS[:4]] == [2, 1, 3, 1]
+    assert len(world.evaluations("job-1")) == 4
