@@ -23,7 +23,7 @@ from pathlib import Path
 import orjson
 
 from collector.errors import BadInput, Conflict, Unavailable
-from collector.settings import Settings
+from collector.settings import Server, Settings
 from proxy.child import Child, Command
 from proxy.files import write_atomically
 
@@ -31,6 +31,7 @@ log = logging.getLogger("ratchet.supervisor")
 
 BACKLOG = 2048
 DRAIN = 30.0  # seconds that running calls get after SIGTERM
+OTLP_PORT = 4318
 SETTLE = 20.0  # seconds that the collector gets to seal, load and checkpoint
 START = 60.0  # seconds until a start is reported as slow; the proxy then serves without the collector
 LOCK_WAIT = 2.0  # children of a server killed a moment ago need up to a second to end
@@ -74,6 +75,22 @@ def listen(host: str, port: int) -> socket.socket:
             param="server.port",
         ) from None
     return listener
+
+
+def also_listen(server: Server) -> socket.socket | None:
+    """A second listener on the port to which OpenTelemetry's exporters send by default.
+
+    None where it is off; where `auto` finds the port taken, that is said. Raises Conflict for a given port.
+    """
+    if server.otlp_port is None or (server.otlp_port == "auto" and server.port == 0):
+        return None
+    if server.otlp_port != "auto":
+        return listen(server.host, server.otlp_port)
+    try:
+        return listen(server.host, OTLP_PORT)
+    except Conflict:
+        log.warning("port %d is taken: OTLP is received on port %d only (server.otlp_port)", OTLP_PORT, server.port)
+        return None
 
 
 def url_of(listener: socket.socket, host: str) -> str:
@@ -151,11 +168,19 @@ def collector_command(settings: Settings, shared: Runtime) -> Command:
     return Command(argv, stdin=config.encode(), fds=(shared.alive_fd,))
 
 
-def worker_command(settings: Settings, shared: Runtime, listener: socket.socket, index: int, first: bool) -> Command:
+def worker_command(
+    settings: Settings,
+    shared: Runtime,
+    listener: socket.socket,
+    index: int,
+    first: bool,
+    otlp: socket.socket | None = None,
+) -> Command:
     """A worker's process. Its settings hold keys, so they travel over stdin. `first`: not yet a restart."""
     spec = {
         "index": index,
         "listen_fd": listener.fileno(),
+        "otlp_fd": None if otlp is None else otlp.fileno(),
         "alive_fd": shared.alive_fd,
         "runtime": str(shared.directory),
         "collector_socket": str(shared.collector_socket),
@@ -165,17 +190,20 @@ def worker_command(settings: Settings, shared: Runtime, listener: socket.socket,
     return Command(
         [sys.executable, "-P", "-m", "proxy.worker", str(index)],
         stdin=orjson.dumps(spec),
-        fds=(shared.alive_fd, listener.fileno()),
+        fds=(shared.alive_fd, listener.fileno(), *(() if otlp is None else (otlp.fileno(),))),
     )
 
 
 class Supervisor:
     """Starts the children, keeps them alive, and ends them in order: workers drain, then the collector settles."""
 
-    def __init__(self, settings: Settings, listener: socket.socket, shared: Runtime) -> None:
+    def __init__(
+        self, settings: Settings, listener: socket.socket, shared: Runtime, otlp: socket.socket | None = None
+    ) -> None:
         self.settings = settings
         self.url = url_of(listener, settings.server.host)
         self._listener = listener
+        self._otlp = otlp
         self._shared = shared
         self._asked = asyncio.Event()
         self._forced = asyncio.Event()
@@ -221,6 +249,8 @@ class Supervisor:
 
     async def _end(self) -> None:
         log.info("ending: running calls get up to %.0f s; ask again (Ctrl-C) to end at once", DRAIN)
+        if self._otlp is not None:
+            self._otlp.close()
         self._listener.close()  # with the workers' copies closed too, new connections are refused at once
         forced = asyncio.create_task(self._forced.wait())
         orderly = asyncio.create_task(self._stop_in_order())
@@ -238,7 +268,8 @@ class Supervisor:
 
     def _worker(self, index: int) -> Child:
         def command() -> Command:
-            return worker_command(self.settings, self._shared, self._listener, index, first=child.restarts == 0)
+            first = child.restarts == 0
+            return worker_command(self.settings, self._shared, self._listener, index, first, self._otlp)
 
         child = Child(f"worker{index}", command, lambda child: child.said_ready.wait(), self._count)
         return child
@@ -264,9 +295,19 @@ def supervise(settings: Settings, on_ready: Callable[[str], None]) -> int:
     """
     with contextlib.closing(listen(settings.server.host, settings.server.port)) as listener:
         claim(settings.store.data_dir)
-        with runtime() as shared:
-            return asyncio.run(_run(settings, listener, shared, on_ready))
+        with contextlib.ExitStack() as stack:
+            otlp = also_listen(settings.server)
+            if otlp is not None:
+                stack.callback(otlp.close)
+            shared = stack.enter_context(runtime())
+            return asyncio.run(_run(settings, listener, shared, otlp, on_ready))
 
 
-async def _run(settings: Settings, listener: socket.socket, shared: Runtime, on_ready: Callable[[str], None]) -> int:
-    return await Supervisor(settings, listener, shared).run(on_ready)
+async def _run(
+    settings: Settings,
+    listener: socket.socket,
+    shared: Runtime,
+    otlp: socket.socket | None,
+    on_ready: Callable[[str], None],
+) -> int:
+    return await Supervisor(settings, listener, shared, otlp).run(on_ready)

@@ -57,6 +57,7 @@ class Spec:
     collector_socket: Path
     first: bool
     settings: Settings
+    otlp_fd: int | None = None
 
 
 def read_spec(raw: bytes) -> Spec:
@@ -70,6 +71,7 @@ def read_spec(raw: bytes) -> Spec:
         Path(given["collector_socket"]),
         given["first"],
         Settings.model_validate(given["settings"]),
+        given.get("otlp_fd"),
     )
 
 
@@ -135,7 +137,8 @@ async def serve(spec: Spec, ready: Any) -> None:
         _settle_memory()
         ready()
         try:
-            await server.serve(sockets=[listener])
+            otlp = [] if spec.otlp_fd is None else [socket.socket(fileno=spec.otlp_fd)]
+            await server.serve(sockets=[listener, *otlp])
             await _let_end(server)
         finally:
             watching.cancel()
