@@ -10,12 +10,14 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 pytest.importorskip("trl", reason="training needs the extra `rl`")
 
 from collector import settings
 from collector.client import Remote
 from collector.errors import BadInput
+from optimize.rl.commands import optimize_app
 from optimize.rl.engine import Engine
 from optimize.rl.gather import gather
 from optimize.rl.job import RlResult, run_rl
@@ -32,10 +34,11 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 AGENT = """
-import json, os, sys, urllib.request
+import json, os, sys, urllib.request, zlib
 task = json.loads(sys.stdin.readline())
+seed = zlib.crc32("-".join(os.environ["RATCHET_EPISODE"].split("-")[2:4]).encode())  # by task and replicate
 body = {"model": os.environ["OPENAI_MODEL"], "max_tokens": 2, "messages": [{"role": "user", "content": task["q"]}],
-        "temperature": float(os.environ.get("OPENAI_TEMPERATURE", "0"))}
+        "seed": seed, "temperature": float(os.environ.get("OPENAI_TEMPERATURE", "0"))}
 request = urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/chat/completions", json.dumps(body).encode(),
                                  {"content-type": "application/json", "authorization": "Bearer x"})
 print(json.loads(urllib.request.urlopen(request).read())["choices"][0]["message"]["content"])
@@ -55,7 +58,7 @@ class World:
     def spec(self, **options: Any) -> RlSpec:
         return RlSpec(**{
             "model": "tiny", "slot": "tiny", "tasks": "tasks.jsonl", "command": (sys.executable, "agent.py"),
-            "grader": r"regex:^[ -~]", "samples": 4, "holdout": 12, "validation": 4, "epochs": 4.0, "batch_size": 8,
+            "grader": r"regex:^[ -~]", "samples": 4, "holdout": 12, "validation": 4, "epochs": 6.0, "batch_size": 8,
             "learning_rate": 1e-2, "concurrency": 3, "cwd": str(self.home), **options,
         })  # fmt: skip
 
@@ -98,14 +101,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def test_a_collapsed_training_changes_nothing_that_is_served(world: World) -> None:
     """The base model does all that is asked of it here; training at a mad rate can only break it."""
-    mad = {"tasks": "kept.jsonl", "grader": "regex:^{start}", "learning_rate": 2.0, "epochs": 12.0, "samples": 8}
+    mad = {"tasks": "kept.jsonl", "grader": "regex:^{start}", "learning_rate": 2.0, "epochs": 12.0}
     result = world.run(job_id="job-bad", **mad)
     assert (result.verdict, result.promoted) == ("reject", False), result
     assert world.live() == {}
 
 
 def test_an_agent_learns_and_its_adapter_goes_live_on_held_out_evidence(world: World) -> None:
-    result = world.run(job_id="job-good")
+    good = {"job_id": "job-good", "method": "sft", "credit": "leave_one_out"}
+    result = world.run(**good)
     assert result.rounds[0].rows["calls"] == 8 * 4
     assert "no_ids" not in result.rounds[0].rows and "mismatch" not in result.rounds[0].rows
     assert result.verdict == "promote", result
@@ -118,7 +122,7 @@ def test_an_agent_learns_and_its_adapter_goes_live_on_held_out_evidence(world: W
 
     # The same job again repeats no rollout and no training, and says the same.
     spans = world.client.query("select count(*) from spans_v")["rows"]
-    again = world.run(job_id="job-good")
+    again = world.run(**good)
     world.client.flush()
     assert (again.verdict, again.version, again.rollouts) == (result.verdict, result.version, 0)
     assert world.client.query("select count(*) from spans_v")["rows"] == spans
@@ -157,6 +161,20 @@ def test_a_spec_that_cannot_work_is_refused_by_name(change: dict[str, Any], para
     with pytest.raises(BadInput) as caught:
         check(RlSpec(**{**good, **change}))
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--from-traces", "--method", "ppo"],
+        ["--tasks", "missing.jsonl", "--", "python"],
+        ["--from-traces", "--holdout", "many"],
+    ],
+)
+def test_the_command_says_what_is_wrong_before_anything_runs(arguments: list[str]) -> None:
+    told = CliRunner().invoke(optimize_app, ["rl", "--model", "m", *arguments])
+    assert told.exit_code == 2 and "error" in told.output
 
 
 def test_a_spec_survives_its_journal() -> None:
