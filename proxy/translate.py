@@ -159,6 +159,10 @@ async def close() -> None:
         await asyncio.gather(*_closing, return_exceptions=True)
         await litellm.close_litellm_async_clients()
         litellm.in_memory_llm_clients_cache.flush_cache()
+        # Some streams are asked for with this one, which is in no cache. It stays usable, its connections end.
+        transport = getattr(litellm.module_level_aclient.client, "_transport", None)
+        if transport is not None:
+            await transport.aclose()
 
 
 async def _library() -> Any:
