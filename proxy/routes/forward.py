@@ -9,8 +9,8 @@ from yarl import URL
 
 from proxy import limits
 from proxy.errors import ClientGone
+from proxy.hangup import HangUp
 from proxy.link import BASE, FAILURES, down
-from proxy.relay import HangUp
 from proxy.routes.base import Context, headers_of
 
 log = logging.getLogger(__name__)

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from proxy.client import Client
 from proxy.dialects import KNOWN
 from proxy.errors import Broken, UpstreamError
 from proxy.identity import Trace
 from proxy.paths import Route
 from proxy.record import Call, Recorder
-from proxy.relay import Client, Streaming
 from proxy.reply import decoded
+from proxy.streaming import Streaming
 from proxy.table import Table
 from tests.fake_upstream import chat_events, chunk, data, usage_chunk
 from tests.unit.proxy.harness import Lines

@@ -1,0 +1,142 @@
+"""One event stream on its way: forwarded as it comes, copied within bounds, and recorded before its end."""
+
+import re
+
+import orjson
+
+from collector.errors import RatchetError
+from proxy import capture, sse
+from proxy.answer import Answer, judge
+from proxy.client import Client, without_length
+from proxy.dialects.base import Dialect
+from proxy.errors import Broken
+from proxy.hangup import HangUp
+from proxy.record import Call
+
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')  # in a chunk that tells nothing but the usage
+
+
+class Streaming:
+    """Relays one event stream. Whole events are forwarded as they come; the one that a client may take for the end is
+    held back until the record is written."""
+
+    def __init__(self, client: Client, call: Call, answer: Answer, stripping: bool) -> None:
+        self._client = client
+        self._call = call
+        self._answer = answer
+        self._plain = answer.encoding in ("identity", "")
+        self._stripping = stripping and self._plain
+        self._splitter = sse.Splitter()
+        self._copy: list[bytes] = []
+        self._copied = 0
+        self._ends = False
+
+    async def run(self, hang_up: HangUp) -> None:
+        """Until the upstream's end. Raises ClientGone, or Broken when the upstream breaks off."""
+        shorter = self._stripping or self._call.hidden is not None
+        headers = without_length(self._answer.headers) if shorter else self._answer.headers
+        await self._client.start(self._answer.status, headers)
+        try:
+            async for chunk in self._answer.chunks():
+                self._call.first_byte()
+                run = self._take(chunk)
+                if not self._ends:
+                    if run:
+                        await self._client.body(run)
+                    continue
+                self._ends = False
+                self._sum_up()
+                if self._answer.complete:
+                    hang_up.release()
+                    await self._client.last(run + self._rest)
+                    return
+                await self._client.last(run, more=True)
+        except RatchetError as error:  # the head is out, so this can't become an error answer any more
+            if not self._call.written:  # else the end had been told already, and nothing is missing
+                await self._client.body(self._rest)
+                raise Broken(error) from error
+        finally:
+            self._sum_up()
+        hang_up.release()
+        await self._client.last(self._rest)
+
+    @property
+    def _rest(self) -> bytes:
+        """What is left of an event that was never ended."""
+        rest, hidden = self._splitter.rest, self._call.hidden
+        return rest if hidden is None or not self._plain else capture.hide_run(rest, hidden)
+
+    def _take(self, chunk: bytes) -> bytes:
+        """What is to be forwarded of it now, and in `_ends` whether a client may take that for the end."""
+        run = self._splitter.feed(chunk) if self._plain else chunk
+        if not run or self._call.written:
+            return run
+        at = _suspect(run, self._call.dialect, self._stripping) if self._plain else -1
+        self._copied += len(run)
+        if at >= 0 or self._copied <= self._call.copy_limit:
+            self._copy.append(run)
+        else:  # a stream beyond all measure: its beginning is recorded, and what tells of its end
+            self._call.truncated = True
+        if self._call.hidden is not None and self._plain:
+            run = capture.hide_run(run, self._call.hidden)
+            at = _suspect(run, self._call.dialect, self._stripping)
+        if at < 0:
+            return run
+        rest, self._ends = _last(run[at:], self._call.dialect, self._stripping)
+        return run[:at] + rest
+
+    def _sum_up(self) -> None:
+        """Reads the copy, once: at the event that ends the stream, or where the stream was cut."""
+        if self._call.written:
+            return
+        copy = self._answer.decoded(b"".join((*self._copy, self._splitter.rest))) or b""
+        parser = self._call.dialect.parser()
+        values = sse.values(copy)
+        if values is None:
+            for event in sse.events(copy):
+                parser.feed(event)
+        else:
+            for value in values:
+                parser.take(value)
+        self._call.summary = parser.summary()
+        self._call.cost_usd = self._answer.cost_usd
+        judge(self._call, self._answer.status)
+
+
+def _suspect(run: bytes, dialect: Dialect, stripping: bool) -> int:
+    """Where the first event begins that may be the last one, or the usage chunk to strip; -1 if there is none."""
+    first = len(run)
+    for mark in dialect.marks:
+        if mark in run:
+            first = min(first, run.index(mark))
+    if stripping and (empty := _NO_CHOICES.search(run)) is not None:
+        first = min(first, empty.start())
+    if first == len(run):
+        return -1
+    before = -1 if b"\r" in run else run.rfind(b"\n\n", 0, first)
+    return before + 2 if before >= 0 else 0
+
+
+def _last(run: bytes, dialect: Dialect, stripping: bool) -> tuple[bytes, bool]:
+    """The run, with `stripping` without the usage chunk that the client didn't ask for; and whether it holds the event
+    that ends the stream."""
+    kept: list[bytes] = []
+    ends = False
+    for block in sse.blocks(run):
+        event = sse.read(block)
+        if event is not None and stripping and _only_usage(event):
+            continue
+        ends = ends or (event is not None and dialect.ends(event))
+        kept.append(block)
+    return b"".join(kept), ends
+
+
+def _only_usage(event: sse.Event) -> bool:
+    """Whether a chunk is the one that `include_usage` adds: usage, and no choices."""
+    if b'"usage"' not in event.data:
+        return False
+    try:
+        chunk = orjson.loads(event.data)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(chunk, dict) and chunk.get("choices") == [] and isinstance(chunk.get("usage"), dict)
