@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 TORCH_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install check format test otel-clients test-phoenix test-clients test-model faults bench-apo bench-gateway bench-rl study-capital gpu-check demo serve image-steps clean lock
+.PHONY: install check format test otel-clients test-phoenix test-clients test-model faults bench-apo bench-gateway bench-store bench-rl study-capital gpu-check demo serve image-steps clean lock
 
 # A stamp per lock: made anew when the lock or the project's metadata changes.
 $(VENV)/bin/python:
@@ -71,6 +71,10 @@ test-clients: install
 # What a recorded call costs beside a bare relay and other gateways, which it installs itself; about 13 minutes.
 bench-gateway: install
 	$(BIN)/python -m bench.gateway
+
+# The store beside the engines used plainly, and beside Arize Phoenix where `make test-phoenix` has installed it.
+bench-store: install
+	$(BIN)/python -m bench.store
 
 # The search beside gepa and Agent Lightning's APO on simulated worlds; SEEDS=40 for the full table.
 .venvs/bench-agentlightning/.done:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from bench.result import RESULTS, Result
-from bench.store import ingest, live, million
+from bench.store import ingest, live, million, peers
 
 MUST = {
     "record_p99_ms_idle": ("<=", 1.0),
@@ -25,18 +25,20 @@ def main() -> None:
     """Read the flags, measure, write."""
     parser = argparse.ArgumentParser(prog="python -m bench.store", description=__doc__)
     parser.add_argument("--spans", type=int, default=1_000_000, help="narrow spans of the reading figures")
-    parser.add_argument("--wide", type=int, default=20_000, help="6 KB spans of the ingest figures")
+    parser.add_argument("--wide", type=int, default=40_000, help="6 KB spans of the ingest figures")
     parser.add_argument("--sample", type=int, default=2_000, help="of them, for executemany")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0, help="of recording, twice")
+    parser.add_argument("--phoenix", type=int, default=1_000, help="spans sent to Arize Phoenix; 0: leave it out")
     flags = parser.parse_args()
     began = time.monotonic()
     result = Result("store", MUST)
-    result.notes["phoenix"] = "absent: not measured in this run"
     result.notes["wide_spans"], result.notes["narrow_spans"] = flags.wide, flags.spans
     live.measure(result, flags.seconds, 200, 20)
     ingest.measure(result, flags.wide, flags.sample, flags.rounds)
     million.measure(result, flags.spans, flags.rounds)
+    if flags.phoenix:
+        peers.measure(result, flags.phoenix)
     result.write(time.monotonic() - began)
     picture(result, RESULTS / "store.svg")
     result.show()

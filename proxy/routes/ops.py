@@ -1,14 +1,15 @@
 """Operations: is it alive, is it ready, what did it count, what is it."""
 
+import asyncio
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -20,6 +21,7 @@ from proxy.files import write_atomically
 from proxy.metrics import REGISTRY
 from proxy.routes.base import Context, Endpoint, Handler, json_response
 
+_STATS_SECONDS = 2.0
 MAX_LAG = 30.0  # seconds that the store may be behind the journal before the server counts as not ready
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(\{?)", re.MULTILINE)  # what is before a label, or before the value
@@ -67,6 +69,26 @@ class Restarts(Collector):
         yield family
 
 
+class Stored(Collector):
+    """What the collector says of its loading; nothing while it does not answer."""
+
+    def __init__(self, stats: Mapping[str, Any]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """Lines by fate, rows, and how far behind the store is."""
+        loader = self._stats["loader"]
+        lines = CounterMetricFamily("ratchet_store_lines", "Journal lines by what the loader did", labels=["fate"])
+        lines.add_metric(["loaded"], loader["lines"])
+        lines.add_metric(["quarantined"], loader["quarantined"])
+        yield lines
+        yield GaugeMetricFamily("ratchet_store_spans", "Spans in the store", self._stats["spans"])
+        yield GaugeMetricFamily("ratchet_store_lag_seconds", "Age of the oldest segment to be loaded", loader["lag_s"])
+        yield GaugeMetricFamily(
+            "ratchet_store_unreadable_segments", "Segments that cannot be read now", loader["unreadable"]
+        )
+
+
 def endpoint(context: Context, handler: Handler) -> Endpoint:
     """The handler as an endpoint that needs no key."""
 
@@ -108,7 +130,11 @@ async def readyz(context: Context, _request: Request) -> Response:
 
 async def metrics(context: Context, _request: Request) -> Response:
     """Prometheus text with the counts of all workers, at most about a second old."""
-    return Response(await run_in_threadpool(_exposition, context), media_type=TEXT)
+    stats: dict[str, Any] | None = None
+    with contextlib.suppress(RatchetError, TimeoutError):
+        async with asyncio.timeout(_STATS_SECONDS):
+            stats = await context.link.stats()
+    return Response(await run_in_threadpool(_exposition, context, stats), media_type=TEXT)
 
 
 def publish(context: Context) -> None:
@@ -133,14 +159,16 @@ def merge(texts: Iterable[bytes]) -> bytes:
     return "".join(head + "".join(samples) for head, samples in families.items()).encode()
 
 
-def _exposition(context: Context) -> bytes:
+def _exposition(context: Context, stats: Mapping[str, Any] | None) -> bytes:
     texts = [labelled(context.index)]
     for index in set(range(context.settings.server.workers)) - {context.index}:
         with contextlib.suppress(OSError):
             texts.append((context.runtime / f"worker{index}.prom").read_bytes())
-    restarts = CollectorRegistry()
-    restarts.register(Restarts(context.runtime / "state.json"))
-    return merge(texts) + generate_latest(restarts)
+    others = CollectorRegistry()
+    others.register(Restarts(context.runtime / "state.json"))
+    if stats is not None:
+        others.register(Stored(stats))
+    return merge(texts) + generate_latest(others)
 
 
 async def about(context: Context, request: Request) -> Response:

@@ -30,7 +30,8 @@ from proxy.versions import Snapshot, Versions
 from tests.fake_upstream import FakeUpstream, error_reply, json_reply
 
 KEYS = tuple(Key(name=scope, key=f"{scope}-key", scopes=frozenset({scope})) for scope in ("agent", "reward", "admin"))  # type: ignore[arg-type]
-STATS = {"revision": 0, "loader": {"lag_s": 0.0}}
+LOADER = {"lag_s": 0.0, "lines": 7, "quarantined": 1, "unreadable": 0}
+STATS = {"revision": 0, "spans": 5, "loader": LOADER}
 
 
 class Collector:
@@ -393,6 +394,9 @@ def test_metrics_are_prometheus_text_of_all_workers(tmp_path: Path) -> None:
         }
         assert samples["ratchet_journal_lines_total", (("fate", "written"), ("worker", "0"))] >= 1
         assert samples["ratchet_restarts_total", (("process", "worker1"),)] == 2
+        assert samples["ratchet_store_lines_total", (("fate", "loaded"),)] == 7
+        assert samples["ratchet_store_lines_total", (("fate", "quarantined"),)] == 1
+        assert samples["ratchet_store_lag_seconds", ()] == 0
         assert {labels for name, labels in samples if name == "ratchet_calls_in_flight"} == {
             (("worker", "0"),),
             (("worker", "1"),),
