@@ -43,12 +43,16 @@ _TOKENS: tuple[tuple[str, str, "re.Pattern[str]"], ...] = (
     ("S", "ASIA", _token("ASIA", r"[0-9A-Z]{16}(?![0-9A-Z])")),
     ("_", "gh", _token("gh", r"[pousr]_[A-Za-z0-9]{20,}")),
     ("_", "github_pat_", _token("github_pat_", r"[A-Za-z0-9_]{20,}")),
-    ("x", "xox", _token("xox", r"[abeoprs]-[A-Za-z0-9-]{10,}")),
+    ("-", "xox", _token("xox", r"[abeoprs]-[A-Za-z0-9-]{10,}")),
     ("z", "AIza", _token("AIza", r"[A-Za-z0-9_-]{35}")),
     ("_", "hf_", _token("hf_", r"[A-Za-z0-9]{30,}")),
     ("J", "eyJ", _token("eyJ", r"[A-Za-z0-9_-]{8,1024}\.eyJ[A-Za-z0-9_-]{8,8192}\.[A-Za-z0-9_-]{8,1024}")),
     ("B", "Bearer ", re.compile(r"Bearer [A-Za-z0-9._~+/-]{16,}=*")),
     ("b", "bearer ", re.compile(r"bearer [A-Za-z0-9._~+/-]{16,}=*")),
+)
+_BY_CHARACTER = tuple(
+    (rare, tuple((literal, pattern) for other, literal, pattern in _TOKENS if other == rare))
+    for rare in dict.fromkeys(rare for rare, _, _ in _TOKENS)
 )
 _DIGIT = re.compile(r"[0-9]")
 _LIKE_WORDS = ("sk-", "github_pat_", "xox", "Bearer ", "bearer ")
@@ -64,9 +68,11 @@ _EMAIL = re.compile(r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1
 def text(value: str, emails: bool = False) -> tuple[str, bool]:
     """`(masked, hit)`. Text without secrets comes back as the same object."""
     masked = value
-    for rare, literal, pattern in _TOKENS:
-        if rare in value and literal in value:
-            masked = pattern.sub(_mask_token, masked)
+    for rare, tokens in _BY_CHARACTER:
+        if rare in value:
+            for literal, pattern in tokens:
+                if literal in value:
+                    masked = pattern.sub(_mask_token, masked)
     if "-----BEGIN" in value:
         masked = _PEM.sub(MASK, masked)
     if emails and "@" in value:

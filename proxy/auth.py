@@ -26,6 +26,7 @@ class Guard:
         # Off loopback every Host is served, unless some are named: then those, and this machine's own.
         allowed = (*LOOPBACK, server.host, *server.allowed_hosts) if server.loopback or server.allowed_hosts else ()
         self._hosts = frozenset(host.lower() for host in allowed)
+        self._known: set[bytes | None] = set()  # Host headers found to be ours
 
     @property
     def keyed(self) -> bool:
@@ -39,8 +40,14 @@ class Guard:
 
     def check_host(self, headers: Mapping[bytes, bytes]) -> None:
         """Raises Forbidden for a foreign Host: a page on the web must not reach a loopback server by DNS rebinding."""
-        if self._hosts and _hostname(headers.get(b"host", b"")) not in self._hosts:
+        if self._hosts and headers.get(b"host") not in self._known and not self._is_ours(headers.get(b"host", b"")):
             raise Forbidden("this Host isn't served here; add it to server.allowed_hosts", param="host")
+
+    def _is_ours(self, host: bytes) -> bool:
+        ours = _hostname(host) in self._hosts
+        if ours and len(self._known) < _REMEMBERED:
+            self._known.add(host)
+        return ours
 
     def authorise(self, headers: Mapping[bytes, bytes], scope: str) -> str | None:
         """What spans call the key, None where none is asked for. The scope `admin` includes the others.

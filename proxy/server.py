@@ -239,6 +239,9 @@ class Protocol(HttpToolsProtocol):
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, self.app))
 
+    def _should_upgrade(self) -> bool:
+        return False
+
     def on_response_complete(self) -> None:
         """The answer is out: the next pipelined request, else the wait for one. A connection has one timer; that there
         was use meanwhile, it learns when it goes off."""

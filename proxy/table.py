@@ -146,6 +146,8 @@ class Table:
     def _ways(self, bucket: int, key: bytes) -> list[int]:
         """Where in the bucket the key stands. (A copied slice is searched as memory; a loop in Python isn't.)"""
         keys = self._map[bucket : bucket + _KEYS]
+        if key not in keys:
+            return []
         ways = []
         at = keys.find(key)
         while at >= 0:

@@ -21,6 +21,9 @@ from proxy.dialects.base import (
 )
 from proxy.sse import Event
 
+# What is told alike by each chunk, or told only where it isn't null.
+_PLAIN = {"id", "object", "created", "model", "system_fingerprint", "service_tier", "obfuscation", "choices", "usage"}
+_PLAIN_CHOICE = {"index", "delta", "finish_reason", "logprobs"}
 _TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
 
 
@@ -98,8 +101,12 @@ class ChatStream:
 
     def take(self, chunk: Json) -> None:
         """Takes the next chunk."""
-        known = self._summary
+        known, held = self._summary, self._choices.get(0)
         same = chunk.get("id") == known.response_id and chunk.get("model") == known.response_model
+        text = _only_text(chunk) if same and held is not None else None
+        if text is not None and held is not None:
+            held["texts"].setdefault("content", []).append(text)
+            return
         if not same or chunk.get("usage") is not None or "error" in chunk:  # in most chunks there is nothing new
             merge_head(known, chunk)
         if self._prompt_ids is None:
@@ -121,6 +128,21 @@ class ChatStream:
         return whole
 
 
+def _only_text(chunk: Json) -> str | None:
+    """The text of a chunk that brings nothing else, as most do; None for any other."""
+    choices = chunk.get("choices")
+    if type(choices) is not list or len(choices) != 1 or chunk.get("usage") or not _PLAIN.issuperset(chunk):
+        return None
+    choice = choices[0]
+    if type(choice) is not dict or not _PLAIN_CHOICE.issuperset(choice) or choice.get("index") != 0:
+        return None
+    delta = choice.get("delta")
+    if type(delta) is not dict or len(delta) != 1 or choice.get("finish_reason") or choice.get("logprobs"):
+        return None
+    text = delta.get("content")
+    return text if type(text) is str else None
+
+
 def head(reply: Json) -> Summary:
     """Id, model, usage and error of a completion or a chunk."""
     summary = Summary()
@@ -132,7 +154,8 @@ def merge_head(summary: Summary, chunk: Json) -> None:
     """What a later chunk says counts; what it leaves out stays."""
     summary.response_id = string(chunk.get("id")) or summary.response_id
     summary.response_model = string(chunk.get("model")) or summary.response_model
-    summary.error_type = error_of(chunk) or summary.error_type
+    if "error" in chunk:
+        summary.error_type = error_of(chunk) or summary.error_type
     usage = chunk.get("usage")
     if isinstance(usage, dict):
         details = usage.get("prompt_tokens_details")

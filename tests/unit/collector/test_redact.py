@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import time
 
@@ -100,6 +101,16 @@ def test_a_clean_call_is_the_same_object() -> None:
     clean = call(1, token_ids="[1]", attributes=None)
     assert redact.exchange(clean) is clean
     assert redact.exchange(call(1, input_messages="x@example.org"), emails=True).input_messages == "[e-mail]"
+
+
+@given(st.lists(st.sampled_from([*SECRETS, "clean", "a@b.example", '"}]', "sk-"]), max_size=4), st.booleans())
+def test_a_line_is_masked_as_an_exchange_is(parts: list[str], emails: bool) -> None:
+    names = dict(zip(redact.PAYLOADS, parts, strict=False))
+    given_call = call(1, token_ids="[1]", logprobs="[2]", **{name: names.get(name) for name in redact.PAYLOADS})
+    line = {name: value for name, value in dataclasses.asdict(given_call).items() if value is not None}
+    redact.payloads(line, emails)
+    masked = dataclasses.asdict(redact.exchange(given_call, emails))
+    assert line == {name: value for name, value in masked.items() if value is not None}
 
 
 @given(st.text(), st.sampled_from(SECRETS), st.text())

@@ -105,6 +105,52 @@ def test_a_stream_sums_up_as_the_same_answer_in_json() -> None:
     assert CHAT.summarise(whole).cached_tokens == 3
 
 
+deltas = st.sampled_from(
+    (
+        {"content": "a"},
+        {"content": "b"},
+        {"content": None},
+        {"content": 1},
+        {"role": "assistant", "content": "c"},
+        {"refusal": "d"},
+        {},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]},
+    )
+)
+extras = st.sampled_from(
+    (
+        {},
+        {},
+        {"finish_reason": "stop"},
+        {"token_ids": [1]},
+        {"logprobs": {"content": [1]}},
+        {"index": 1},
+        {"index": None},
+    )
+)
+heads = st.sampled_from(
+    (
+        {"id": "c", "model": "m"},
+        {"id": "c", "model": "m"},
+        {"id": "c", "model": "n"},
+        {"id": "d"},
+        {"id": "c", "model": "m", "usage": {"prompt_tokens": 1}},
+        {"id": "c", "model": "m", "usage": None},
+        {"id": "c", "model": "m", "error": {"type": "e"}},
+        {"id": "c", "model": "m", "prompt_token_ids": [7]},
+    )
+)
+
+
+@given(st.lists(st.tuples(heads, deltas, extras), max_size=8))
+def test_chunks_of_nothing_but_text_may_be_read_in_short(parts: list[Any]) -> None:
+    chunks = [{**head, "choices": [{"index": 0, "delta": delta, **extra}]} for head, delta, extra in parts]
+    short = streamed("chat/completions", *chunks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("proxy.dialects.chat._only_text", lambda chunk: None)
+        assert streamed("chat/completions", *chunks) == short
+
+
 def test_completions_are_read_in_json_and_in_a_stream() -> None:
     dialect = KNOWN["completions"]
     body = {"model": "m", "prompt": "Once", "stream": True}

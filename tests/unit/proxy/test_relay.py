@@ -563,3 +563,27 @@ def test_a_call_over_the_cap_is_a_503_and_a_span(tmp_path: Path, upstream: FakeU
             connection.close()
             assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
             assert sorted(span["status"] for span in (proxy.span(0, count=2), proxy.span(1))) == ["cancelled", "error"]
+
+
+def test_an_answer_beyond_all_measure_is_relayed_whole_and_recorded_in_part(
+    tmp_path: Path, upstream: FakeUpstream
+) -> None:
+    upstream.forget()
+    long = "x" * 50_000
+    with worker(tmp_path, upstream.url, store={"max_answer_mb": 0.01}) as proxy:
+        body = chat(long).body
+        upstream.reply(chat(long), Reply(200, chat().headers, (body[:30_000], body[30_000:]), chunked=True))
+        assert post(proxy).content == body
+        assert post(proxy).content == body
+        events = chat_events(long[:300])
+        upstream.reply(sse_reply(events))
+        assert post(proxy, STREAM).content == b"".join(events)
+        spans = [proxy.span(index, count=3) for index in range(3)]
+    assert all(json.loads(span["attributes"]) == {"truncated": True} for span in spans)
+    assert all(span["status"] == "ok" for span in spans)
+    assert spans[0]["output_messages"] is None
+    assert spans[0]["response_bytes"] == len(body)
+    recorded = json.loads(spans[2]["output_messages"])[0]["content"]
+    assert recorded
+    assert len(recorded) < 300
+    assert spans[2]["output_tokens"] == 3

@@ -1,4 +1,5 @@
 import itertools
+import json
 from collections.abc import Iterable
 
 from hypothesis import given
@@ -111,3 +112,38 @@ def test_an_event_without_end_is_let_through_at_some_size() -> None:
 
 def test_the_last_event_of_a_broken_stream_still_tells() -> None:
     assert list(sse.events(b"data: a\n\ndata: b")) == [Event(b"", b"a"), Event(b"", b"b")]
+
+
+plain = st.sampled_from(
+    (
+        b'data: {"a":1}\n\n',
+        b'data: {"b":[1,"x"]}\n\n',
+        'data: {"c":"\\u00e9€"}\n\n'.encode(),
+        b"data: [DONE]\n\n",
+        b"data: 1,2\n\n",
+        b'data: {"a":1},{"b":2}\n\n',
+        b"data: [1\n\n",
+        b"data: 2]\n\n",
+        b'data: "x"\n\n',
+        b": ping\n\n",
+        b'event: e\ndata: {"a":1}\n\n',
+        b'data: {"a":\ndata: 1}\n\n',
+        b'data: {"a":1}\r\n\r\n',
+        b'data: {"a":1}',
+        b"\n",
+        b"data: \n\n",
+    )
+)
+
+
+@given(st.lists(plain, max_size=8).map(b"".join))
+def test_one_parse_of_a_plain_stream_finds_what_its_events_hold(stream: bytes) -> None:
+    found = sse.values(stream)
+    if found is not None:
+        events = [event.data for event in sse.events(stream) if event.data != b"[DONE]"]
+        assert found == [json.loads(event) for event in events]
+
+
+def test_the_streams_of_chat_completions_are_plain() -> None:
+    assert sse.values(b'data: {"a":1}\n\ndata: {"b":2}\n\ndata: [DONE]\n\n') == [{"a": 1}, {"b": 2}]
+    assert sse.values(b'data: {"a":1}\n\n') == [{"a": 1}]
