@@ -49,7 +49,7 @@ def on_credit(result: Result) -> None:
         "gradient bias, standard errors": max(abs(one) for row in errors.values() for one in row.values()),
         **{
             f"RMSE of {name} over broadcast": credit._geometric([row[name] for row in ratios.values()])
-            for name in ("gae", "td_lambda", "leave_one_out", "gigpo, unscaled")
+            for name in ("gae", "td_lambda", "leave_one_out")
         },
         "episodes to the same return, gae over broadcast": credit._geometric(credit.against(episodes, "gae 0.5")),
         "episodes to the same return, gae 0 over broadcast": credit._geometric(credit.against(episodes, "gae 0")),

@@ -128,12 +128,22 @@ def test_an_agent_learns_and_its_adapter_goes_live_on_held_out_evidence(world: W
     assert world.client.query("select count(*) from spans_v")["rows"] == spans
 
 
-def test_stored_episodes_train_an_adapter_that_gets_no_traffic_by_itself(world: World) -> None:
+def test_stored_episodes_train_an_adapter_that_gets_no_traffic_by_itself(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command line: one JSON object on stdout, exit 1 since nothing is proven."""
     before = world.live()
-    traces = {"tasks": None, "command": (), "grader": None, "from_traces": True, "method": "kto", "credit": "group"}
-    result = world.run(job_id="job-traces", **traces)
-    assert result.verdict == "shadow" and not result.promoted and result.version is not None
+    monkeypatch.setenv("RATCHET_URL", world.server.url)
+    asked = ["--model", str(world.base), "--from-traces", "--method", "kto", "--credit", "group", "--json"]
+    told = CliRunner().invoke(optimize_app, ["rl", *asked])
+    assert told.exit_code == 1, told.output
+    result = json.loads(told.stdout)
+    assert (result["verdict"], result["promoted"], result["slot"]) == ("shadow", False, "tiny")
+    assert result["version"] is not None and result["rounds"][0]["rows"]["rows"] > 10
     assert world.live() == before
+    world.client.flush()
+    stored = world.client.job(result["job_id"])
+    assert (stored["kind"], stored["status"]) == ("rl", "done")
 
 
 def test_what_the_engine_said_is_stored_and_read_back(world: World) -> None:
