@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from collector import otel_in, pages, rewards
+from collector import intake, otel_in, pages, rewards
 from collector.errors import BadInput
 from collector.formats.bundle import grouped, reward_in, span_in
 
@@ -96,8 +96,9 @@ def accept(collector: "Collector", body: Any) -> dict[str, int]:
     given = {row["reward_id"]: row for row in (reward_in(one, f"rewards[{i}]") for i, one in enumerate(judged))}
     collector.flush()  # what an earlier part of the same import brought counts as known
     known_spans, known_rewards = collector.store.reading(lambda read: _known(read, list(rows), list(given)))
-    emails = collector.settings.store.redaction.emails
-    new = [otel_in.masked(otel_in.Observed(**row), emails) for ident, row in rows.items() if ident not in known_spans]
+    rules = collector.settings.store.redaction
+    fresh_rows = [otel_in.Observed(**row) for ident, row in rows.items() if ident not in known_spans]
+    new = intake.kept([otel_in.masked(row, rules.emails) for row in fresh_rows], rules)
     fresh = [rewards.masked(row) for ident, row in given.items() if ident not in known_rewards]
     collector.write([("otlp", row) for row in new] + [("reward", row) for row in fresh])
     known = len(spans) + len(judged) - len(new) - len(fresh)

@@ -80,7 +80,7 @@ class Intake:
         if self._waiting and self._waiting + len(body) > MAX_WAITING_BYTES:
             raise Unavailable("too much telemetry at once; try again in a second", code="overloaded")
         self._waiting += len(body)
-        store = partial(take, emails=self._context.settings.store.redaction.emails)
+        store = partial(take, rules=self._context.settings.store.redaction)
         work = asyncio.get_running_loop().run_in_executor(
             self._thread, store, self._context.journal, body, kind, signal, rights
         )

@@ -207,6 +207,17 @@ def test_secrets_in_a_span_are_masked_before_the_line_is_written(tmp_path: Path)
     talk(act, tmp_path)
 
 
+@pytest.mark.parametrize("mode", ["none", "hash"])
+def test_what_may_not_be_kept_of_a_span_is_not(tmp_path: Path, mode: str) -> None:
+    async def act(client: httpx.AsyncClient, _context: Context, _fake: Collector) -> None:
+        await client.post("/v1/traces", content=traces(SPAN, result="a private answer"), headers=PROTOBUF)
+        (line,) = lines(tmp_path)
+        assert "private" not in str(line)
+        assert line["tool_name"] == "add"
+
+    talk(act, tmp_path, Settings.model_validate({"store": {"redaction": {"mode": mode}}}))
+
+
 def test_the_same_bytes_are_taken_without_a_server(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal", "test")
     taken = intake.take(journal, traces(SPAN, score=1.0), "application/x-protobuf", "traces")
