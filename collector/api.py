@@ -75,7 +75,7 @@ def slots(collector: Service) -> Response:
 def discover(
     collector: Service,
     sample: Annotated[int, Query(ge=1, le=MAX_SAMPLE, description="calls to look at, the newest first")] = 4_000,
-    least_calls: Annotated[int, Query(ge=1, description="calls that must have sent a prompt")] = 2,
+    least_calls: Annotated[int, Query(ge=1, description="calls that must have sent a prompt")] = 1,
 ) -> Response:
     """Templates of the prompts that no slot knows."""
     return json_response(collector.discover(sample, least_calls))

@@ -44,7 +44,7 @@ class Client(Protocol):
         """
         ...
 
-    def discover(self, sample: int = 4_000, least_calls: int = 2) -> dict[str, Any]:
+    def discover(self, sample: int = 4_000, least_calls: int = 1) -> dict[str, Any]:
         """Templates of the prompts that no slot knows: {"proposals", "sampled", "calls"}."""
         ...
 
@@ -225,7 +225,7 @@ class Remote:
         """See Client."""
         return as_dict(self._ask("POST", "api", "slots", slot, "versions", body=body))
 
-    def discover(self, sample: int = 4_000, least_calls: int = 2) -> dict[str, Any]:
+    def discover(self, sample: int = 4_000, least_calls: int = 1) -> dict[str, Any]:
         """See Client."""
         params = {"sample": sample, "least_calls": least_calls}
         return as_dict(self._ask("GET", "api", "slots", "discover", params=params))
@@ -398,7 +398,7 @@ class Local:
         """See Client."""
         return self.collector.add_version(slot, bodies.check(bodies.VersionBody, body))
 
-    def discover(self, sample: int = 4_000, least_calls: int = 2) -> dict[str, Any]:
+    def discover(self, sample: int = 4_000, least_calls: int = 1) -> dict[str, Any]:
         """See Client."""
         return self._read(lambda collector: collector.discover(sample, least_calls))
 

@@ -94,9 +94,9 @@ def _texts(content: Any) -> list[str]:
     return [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
 
 
-def propose(samples: Iterable[Sample], known: Sequence[str] = (), least_calls: int = 2) -> list[Proposal]:
+def propose(samples: Iterable[Sample], known: Sequence[str] = (), least_calls: int = 1) -> list[Proposal]:
     """Templates for the samples that no template in `known` recognises, those of the most calls first. A text without
-    variables is proposed if `least_calls` calls sent it."""
+    variables is proposed if `least_calls` calls sent it, a user's if two did."""
     proposals: list[Proposal] = []
     for role, texts in _distinct(samples).items():
         open_texts = _bounded([text for text in texts if not _is_known(text.text, known)])
@@ -105,7 +105,8 @@ def propose(samples: Iterable[Sample], known: Sequence[str] = (), least_calls: i
             if not found:
                 break
             proposals += _absorbed(role, found, open_texts)
-        proposals += [_proposal(role, one.text, [one]) for one in open_texts if _stands_alone(one, least_calls)]
+        least = max(least_calls, 2) if role == "user" else least_calls
+        proposals += [_proposal(role, one.text, [one]) for one in open_texts if _stands_alone(one, least)]
     return sorted(proposals, key=lambda one: (-one.calls, one.proposal))
 
 

@@ -21,7 +21,7 @@ _SHOWN = 600  # characters of a template
 def discover(
     limit: Limit = 20,
     sample: Annotated[int, typer.Option(min=1, max=20_000, help="Calls to look at, the newest first.")] = 4_000,
-    least_calls: Annotated[int, typer.Option(min=1, help="Calls that must have sent a prompt.")] = 2,
+    least_calls: Annotated[int, typer.Option(min=1, help="Calls that must have sent a prompt.")] = 1,
     url: Url = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,

@@ -385,7 +385,7 @@ class Collector:
 
     # Discovery
 
-    def discover(self, sample: int = 4_000, least_calls: int = 2) -> dict[str, Any]:
+    def discover(self, sample: int = 4_000, least_calls: int = 1) -> dict[str, Any]:
         """Templates of the prompts that no slot knows, mined from the newest `sample` such calls: {"proposals",
         "sampled", "calls"}, where `calls` counts all of them. Raises BadInput."""
         if not 1 <= sample <= MAX_SAMPLE:

@@ -128,8 +128,9 @@ def test_what_is_known_rare_masked_or_says_nothing_is_not_proposed() -> None:
     texts = [guide(city, 1) for city in CITIES]
     (found,) = propose(samples(texts))
     assert propose(samples(texts), [found.template]) == []
-    assert propose(samples(["Only one call ever sent this prompt."])) == []
-    assert propose(samples(["Only one call ever sent this prompt."]), least_calls=1) != []
+    once = ["Only one call ever sent this prompt."]
+    assert [one.template for one in propose(samples(once))] == once
+    assert propose(samples(once), least_calls=2) == propose(samples(once, "user")) == []
     assert propose(samples(["Your key is [redacted], my dear friend."] * 3)) == []
     assert propose(samples(["", " ", "hi", "hi"])) == []
 
