@@ -227,9 +227,9 @@ def _add_versions(line: Json, call: Call) -> None:
 
 
 def _add_parameters(line: Json, body: Json) -> None:
-    for name, (column, read) in _PARAMETERS.items():
-        if name in body and column not in line:
-            line[column] = read(body[name])
+    for name in filter(body.__contains__, _PARAMETERS):
+        column, read = _PARAMETERS[name]
+        line.setdefault(column, read(body[name]))
 
 
 def _add_payloads(line: Json, call: Call, body: Json) -> None:

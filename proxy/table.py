@@ -171,8 +171,10 @@ class Table:
             raise ValueError(f"keys are {KEY} bytes and values at most {VALUE}")
         bucket = self._bucket(key)
         times = _TIMES.unpack_from(self._map, bucket + _KEYS)
-        own = self._ways(bucket, key)
-        way = times.index(min(times)) if len(own) < WAYS // 2 else min(own, key=times.__getitem__)
+        if self._map[bucket : bucket + _KEYS].count(key) < WAYS // 2:
+            way = times.index(min(times))
+        else:
+            way = min(self._ways(bucket, key), key=times.__getitem__)
         at = bucket + way * KEY
         self._map[at : at + KEY] = key
         self._store(bucket, way, key, _LIVE, value)

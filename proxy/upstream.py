@@ -279,13 +279,14 @@ _NAME = itemgetter(0)
 def headers_for(target: Target, given: list[Header], *, keyed: bool, unpacked: bool) -> list[Header]:
     """The client's headers as they go upstream: without this hop's, without ours, credentials by the target's rule."""
     own = keyed or target.own
-    named = [value for name, value in given if name == b"connection" and value not in _USUAL]
-    if named or unpacked:
+    names = [*map(_NAME, given)]
+    if unpacked or names.count(b"connection") > 1 or dict(given).get(b"connection", _USUAL[0]) not in _USUAL:
+        named = [value for name, value in given if name == b"connection"]
         extra = {name.strip() for value in named for name in value.lower().split(b",")}
         fates = _Fates((_NOT_SENT_OWN if own else _NOT_SENT) | extra | ({b"content-encoding"} if unpacked else set()))
     else:
         fates = _WITHOUT_CREDENTIALS if own else _WITH_CREDENTIALS
-    sent = [*compress(given, map(fates.__getitem__, map(_NAME, given))), _PLAIN]
+    sent = [*compress(given, map(fates.__getitem__, names)), _PLAIN]
     return [*sent, *_encoded(target.headers)] if own else sent
 
 
