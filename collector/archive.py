@@ -34,13 +34,32 @@ EVENTS = "events.ndjson"
 _EMPTY = "empty.parquet"
 _EPOCH = date(1970, 1, 1)
 
-# table -> what of a day goes into its file; sorted, so that what repeats within an episode lies together
+# table -> what of a day goes into its file
 _TABLES = {
-    "spans": "SELECT * EXCLUDE (batch) FROM spans WHERE day = $day ORDER BY episode_id, start_ns, span_id",
-    "echoes": "SELECT * EXCLUDE (batch) FROM echoes WHERE day = $day ORDER BY episode_id, start_ns, span_id",
-    "payloads": "SELECT * FROM payloads WHERE day = $day ORDER BY episode_id, start_ns, span_id",
-    "rewards": "SELECT * EXCLUDE (target_key) FROM rewards WHERE day = $day ORDER BY ts_ns, reward_id",
+    "spans": "SELECT * EXCLUDE (batch) FROM spans WHERE day = $day",
+    "echoes": "SELECT * EXCLUDE (batch) FROM echoes WHERE day = $day",
+    "rewards": "SELECT * EXCLUDE (target_key) FROM rewards WHERE day = $day",
 }
+_PAYLOADS = "payloads"
+_FILES = (*_TABLES, _PAYLOADS)
+# Payloads one stretch of time after the other, each sorted, so that what repeats within an episode lies together: a day
+# of them is too large to be sorted in memory.
+_SIZES = """
+SELECT start_ns, coalesce(request_bytes, 0) + coalesce(response_bytes, 0) FROM spans
+WHERE day = $day AND start_ns IS NOT NULL
+UNION ALL
+SELECT start_ns, coalesce(request_bytes, 0) + coalesce(response_bytes, 0) FROM echoes
+WHERE day = $day AND start_ns IS NOT NULL
+ORDER BY 1
+"""
+_STRETCH = """
+SELECT * FROM payloads WHERE day = $day AND start_ns >= $since AND start_ns < $until
+ORDER BY episode_id, start_ns, span_id
+"""
+_TIMELESS = "SELECT * FROM payloads WHERE day = $day AND start_ns IS NULL"
+_STRETCH_BYTES = 24 << 20
+_STRETCH_ROWS = 8192
+_LATEST_NS = (1 << 63) - 1
 # Read back into a new database, as its first batch.
 _RESTORE = {
     "spans": "INSERT INTO spans BY NAME SELECT *, 0 AS batch FROM read_parquet($file)",
@@ -215,8 +234,9 @@ class Archive:
         for table, statement in _TABLES.items():
             target = folder / f"{table}.parquet"
             relation = cursor.sql(statement, params={"day": day})
-            relation.write_parquet(str(target), compression="zstd", row_group_size=8192)
+            relation.write_parquet(str(target), compression="zstd", row_group_size=_STRETCH_ROWS)
             rows[table] = _rows_of(cursor, target)
+        rows[_PAYLOADS] = _write_payloads(cursor, day, folder / f"{_PAYLOADS}.parquet")
         events = _write_lines(folder / EVENTS, lines)
         _complete(day, rows, lines.spans)
         digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
@@ -241,7 +261,7 @@ class Archive:
 
     def unlink(self, part: Part) -> None:
         """The last step of retention: the files."""
-        for table in _TABLES:
+        for table in _FILES:
             self.file(part, f"{table}.parquet").unlink(missing_ok=True)
 
     def size(self, part: Part) -> int:
@@ -302,13 +322,45 @@ def _settle_all(con: Any) -> None:
         con.execute("COMMIT")
 
 
-def _write_empty(target: Path) -> None:
+def _payload_schema() -> "pa.Schema":
     texts = ("span_id", "episode_id", *redact.PAYLOADS, "token_ids", "logprobs")
-    fields = [pa.field(name, pa.string()) for name in texts]
-    schema = pa.schema([*fields, pa.field("start_ns", pa.int64())])
+    numbers = [pa.field("start_ns", pa.int64()), pa.field("day", pa.int32())]
+    return pa.schema([*(pa.field(name, pa.string()) for name in texts), *numbers])
+
+
+def _write_empty(target: Path) -> None:
     temporary = target.with_name(f".{target.name}")
-    pyarrow.parquet.write_table(schema.empty_table(), temporary)
+    pyarrow.parquet.write_table(_payload_schema().empty_table(), temporary)
     temporary.replace(target)
+
+
+def _write_payloads(cursor: Any, day: int, target: Path) -> int:
+    """The day's payloads, never more than a stretch of them in memory; returns how many."""
+    schema = _payload_schema()
+    count = 0
+    with pyarrow.parquet.ParquetWriter(target, schema, compression="zstd") as writer:
+        asked: list[tuple[str, dict[str, int]]] = [
+            (_STRETCH, {"day": day, "since": since, "until": until})
+            for since, until in _stretches(cursor.execute(_SIZES, {"day": day}).fetchall())
+        ]
+        for statement, where in [*asked, (_TIMELESS, {"day": day})]:
+            table = cursor.sql(statement, params=where).to_arrow_table()
+            writer.write_table(table.select(schema.names).cast(schema))
+            count += table.num_rows
+    return count
+
+
+def _stretches(sizes: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ranges of time, together all of it, that hold a bounded number of rows and bytes each."""
+    since = -_LATEST_NS
+    rows = size = 0
+    last = since
+    for start, length in sizes:
+        if start > last and (rows >= _STRETCH_ROWS or size >= _STRETCH_BYTES):
+            yield since, start
+            since, rows, size = start, 0, 0
+        rows, size, last = rows + 1, size + length, start
+    yield since, _LATEST_NS
 
 
 def _rows_of(cursor: Any, path: Path) -> int:

@@ -3,10 +3,14 @@
 import shutil
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from collector import archive, journal
 from collector.archive import day_name, today
@@ -205,6 +209,31 @@ def test_dying_at_any_step_loses_and_doubles_nothing(
     (found / "ratchet.duckdb").unlink()
     # A key that retention has forgotten may be given again: rewards are left out of the comparison.
     assert {**content(found), "reward": None} == {**after, "reward": None}
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(-5, 40), st.integers(0, 40 << 20)), max_size=60))
+def test_stretches_of_time_are_all_of_it_once_and_bounded(sizes: list[tuple[int, int]]) -> None:
+    ordered = sorted(sizes)
+    ranges = list(archive._stretches(ordered))
+    assert all(until == since for (_, until), (since, _) in pairwise(ranges))
+    assert ranges[0][0] < -5 and ranges[-1][1] > 40
+    for since, until in ranges:
+        held = [size for start, size in ordered if since <= start < until]
+        latest = max((start for start, _ in ordered if since <= start < until), default=0)
+        before = [size for start, size in ordered if since <= start < latest]
+        assert not held or sum(before) < archive._STRETCH_BYTES, "one more moment than fits, at most"
+
+
+def test_a_day_larger_than_memory_is_archived_in_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "_STRETCH_ROWS", 3)
+    write_day(tmp_path, 2, *(call(number, episode_id=f"ep-{number % 4}") for number in range(20)))
+    write_day(tmp_path, 2, ("span", {"span_id": "timeless", "episode_id": "ep-x", "source": "proxy"}))
+    counted = content(tmp_path)
+    collector = Collector(settings(tmp_path), background=False)
+    assert collector.compact()["spans"] == 21
+    assert collector.store.content() == counted
+    collector.close()
 
 
 def test_a_store_that_lacks_rows_deletes_nothing_of_the_truth(days: Path) -> None:
