@@ -35,6 +35,10 @@ _HOW = (
     "observability off. Portkey: its npm package on Node, with the HTTP server of its lock file, since streams fail "
     "with newer ones. LiteLLM: its proxy, one worker, a master key, no database, no callbacks.",
 )
+_BUSY = (
+    "The machine was busy with other work: calls a second, latency and boot times are far from those of a quiet one, "
+    "and CPU times are swollen by cold caches, those of what runs most code the most."
+)
 _PICTURED = ("floor", "ours", "tensorzero", "portkey", "litellm")
 
 
@@ -81,6 +85,8 @@ def _notes(result: Result, samples: Samples) -> list[str]:
     lines = [f"{notes['rounds']} interleaved rounds, medians (lowest..highest); {machine()['cpus']} CPUs."]
     if load:
         lines.append(f"Load average meanwhile {load['low']:.1f} to {load['high']:.1f}, median {load['median']:.1f}.")
+        if load["median"] > 2 * (machine()["cpus"] or 1):  # the bench alone keeps each of its two CPUs busy
+            lines.append(_BUSY)
     kept = notes["integrity"]
     if kept:
         lines.append(

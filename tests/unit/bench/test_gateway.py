@@ -14,6 +14,7 @@ from bench.gateway import cpu, figures, payloads, report, rounds
 from bench.gateway.load import Address, drive
 from bench.gateway.process import Target
 from bench.gateway.run import taking_part
+from bench.gateway.stage import Stage
 from bench.gateway.stats import figure, quantile, ratio
 from bench.result import Result
 from tests.fake_upstream import FakeUpstream, completion, error_reply, json_reply
@@ -132,6 +133,26 @@ def test_the_picture_is_an_svg(tmp_path: Path):
     made.add("json_c16", "ours", 0, {"cpu_us": 100.0})
     report.picture(made, tmp_path / "gateway.svg")
     assert "<svg" in (tmp_path / "gateway.svg").read_text()
+
+
+@pytest.mark.parametrize(("load", "busy"), [(1.0, False), (1_000.0, True)])
+def test_a_busy_machine_is_said_in_the_table(load, busy):
+    notes = {
+        "rounds": 3,
+        "spread": {},
+        "integrity": {},
+        "failed": {"portkey sse_paced": "status 500"},
+        "load_average": {"low": load, "median": load, "high": load},
+    }
+    stage = Stage.__new__(Stage)
+    stage.absent, stage.boots = {"litellm": "No matching distribution"}, {"ours": [1.0, 3.0, 2.0]}
+    result = Result("gateway", figures.MUST, {"boot_seconds": 2.0}, notes)
+    text = report.markdown(result, samples(), stage, {"ours": 200_000_000})
+    assert ("busy with other work" in text) is busy
+    assert "absent: No matching distribution" in text
+    assert "portkey sse_paced: failed, not counted: status 500" in text
+    assert "| boot_seconds | 2 |  | <= 2 | yes |" in text
+    assert "| rps_vs_litellm | not measured |  | >= 30 | no |" in text
 
 
 def load(upstream: FakeUpstream, calls: int, seconds: float = 5.0):
