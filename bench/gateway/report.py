@@ -37,7 +37,7 @@ _HOW = (
 )
 _BUSY = (
     "The machine was busy with other work: calls a second, latency and boot times are far from those of a quiet one, "
-    "and CPU times are swollen by cold caches, those of what runs most code the most."
+    "and CPU times are swollen."
 )
 _PICTURED = ("floor", "ours", "tensorzero", "portkey", "litellm")
 
