@@ -48,12 +48,20 @@ SELECT trace_id, episode_id FROM known
 QUALIFY row_number() OVER (PARTITION BY trace_id ORDER BY rank, start_ns, span_id) = 1
 """
 _STRAYS = """
-SELECT span_id FROM spans
-WHERE source = 'otlp' AND episode_source = 'trace' AND trace_id = $trace AND episode_id <> $episode
+SELECT s.span_id, s.episode_id, h.episode_id FROM spans AS s
+JOIN (SELECT unnest($traces) AS trace_id, unnest($episodes) AS episode_id) AS h USING (trace_id)
+WHERE s.source = 'otlp' AND s.episode_source = 'trace' AND s.episode_id <> h.episode_id
 """
 _LEFT = "SELECT DISTINCT episode_id FROM spans WHERE source = 'otlp' AND span_id IN (SELECT unnest($spans))"
-_BRING_HOME = "UPDATE spans SET episode_id = $episode WHERE source = 'otlp' AND span_id IN (SELECT unnest($spans))"
-_BRING_PAYLOADS = "UPDATE payloads SET episode_id = $episode WHERE span_id IN (SELECT unnest($spans))"
+_BRING_HOME = """
+UPDATE spans SET episode_id = h.episode_id
+FROM (SELECT unnest($spans) AS span_id, unnest($episodes) AS episode_id) AS h
+WHERE spans.span_id = h.span_id AND spans.source = 'otlp'
+"""
+_BRING_PAYLOADS = """
+UPDATE payloads SET episode_id = h.episode_id
+FROM (SELECT unnest($spans) AS span_id, unnest($episodes) AS episode_id) AS h WHERE payloads.span_id = h.span_id
+"""
 
 
 def settle(cursor: Any, first: int, *, observed: bool, recorded: bool) -> set[str]:
@@ -78,10 +86,12 @@ def settle(cursor: Any, first: int, *, observed: bool, recorded: bool) -> set[st
     traces |= {trace for _, trace in found.values()}
     if not traces:
         return moved
-    for trace, episode in cursor.execute(_HOMES, {"traces": sorted(traces)}).fetchall():
-        strays = [span for (span,) in cursor.execute(_STRAYS, {"trace": trace, "episode": episode}).fetchall()]
-        if strays:
-            moved |= {left for (left,) in cursor.execute(_LEFT, {"spans": strays}).fetchall()} | {episode}
-            cursor.execute(_BRING_HOME, {"episode": episode, "spans": strays})
-            cursor.execute(_BRING_PAYLOADS, {"episode": episode, "spans": strays})
+    homes = cursor.execute(_HOMES, {"traces": sorted(traces)}).fetchall()
+    where = {"traces": [trace for trace, _ in homes], "episodes": [episode for _, episode in homes]}
+    strays = cursor.execute(_STRAYS, where).fetchall() if homes else []
+    if strays:
+        moved |= {episode for _, *both in strays for episode in both}
+        brought = {"spans": [span for span, _, _ in strays], "episodes": [home for _, _, home in strays]}
+        cursor.execute(_BRING_HOME, brought)
+        cursor.execute(_BRING_PAYLOADS, brought)
     return moved
