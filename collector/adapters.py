@@ -4,8 +4,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
-
 from collector.errors import BadInput
 
 _ALLOWED = (".safetensors", ".json")
@@ -74,6 +72,8 @@ def _expect_finite(file: Path) -> None:
 
     The format: 8 bytes little-endian length, a JSON header of that length, the tensors' bytes.
     """
+    import numpy as np  # not at the top: the proxy's workers import this module for a name
+
     data = np.fromfile(file, dtype=np.uint8)
     try:
         start = 8 + int(data[:8].view("<u8")[0])
