@@ -72,11 +72,7 @@ class Streaming:
         if not run or self._call.written:
             return run
         at = _suspect(run, self._call.dialect, self._stripping) if self._plain else -1
-        self._copied += len(run)
-        if at >= 0 or self._copied <= self._call.copy_limit:
-            self._copy.append(run)
-        else:  # a stream beyond all measure: its beginning is recorded, and what tells of its end
-            self._call.truncated = True
+        self._keep(run, at)
         if self._call.hidden is not None and self._plain:
             run = capture.hide_run(run, self._call.hidden)
             at = _suspect(run, self._call.dialect, self._stripping)
@@ -84,6 +80,19 @@ class Streaming:
             return run
         rest, self._ends = _last(run[at:], self._call.dialect, self._stripping)
         return run[:at] + rest
+
+    def _keep(self, run: bytes, at: int) -> None:
+        """Copies what is to be recorded: of a stream beyond all measure its beginning, in whole events, and what
+        tells of its end, from `at` on."""
+        room = self._call.copy_limit - self._copied
+        self._copied += len(run)
+        if len(run) > room:
+            self._call.truncated = True
+            blank = run.rfind(b"\n\n", 0, room) if room > 0 else -1
+            fits = blank + 2 if blank >= 0 else 0
+            run = run[:fits] + (run[max(at, fits) :] if at >= 0 else b"")
+        if run:
+            self._copy.append(run)
 
     def _sum_up(self) -> None:
         """Reads the copy, once: at the event that ends the stream, or where the stream was cut."""
