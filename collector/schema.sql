@@ -247,16 +247,15 @@ placed AS (
   SELECT s.episode_id, l.name, l.value FROM latest l JOIN echoes e ON e.span_id = l.target_id
   JOIN spans s ON s.span_id = e.echo_of WHERE l.target_kind = 'span'
   UNION ALL
-  SELECT s.episode_id, l.name, l.value FROM latest l JOIN spans s ON s.response_id = l.target_id
-  WHERE l.target_kind = 'response'
-  QUALIFY row_number() OVER (PARTITION BY l.target_id, l.name ORDER BY s.start_ns DESC, s.span_id DESC) = 1
+  SELECT arg_max(s.episode_id, {'at': s.start_ns, 'id': s.span_id}), l.name, any_value(l.value)
+  FROM latest l JOIN spans s ON s.response_id = l.target_id
+  WHERE l.target_kind = 'response' GROUP BY l.target_id, l.name
   UNION ALL
-  SELECT s.episode_id, l.name, l.value FROM latest l JOIN (
+  SELECT arg_max(s.episode_id, {'at': s.start_ns, 'id': s.span_id}), l.name, any_value(l.value) FROM latest l JOIN (
     SELECT trace_id, episode_id, start_ns, span_id FROM spans
     UNION ALL
     SELECT e.trace_id, o.episode_id, o.start_ns, o.span_id FROM echoes e JOIN spans o ON o.span_id = e.echo_of
-  ) s ON s.trace_id = l.target_id WHERE l.target_kind = 'trace'
-  QUALIFY row_number() OVER (PARTITION BY l.target_id, l.name ORDER BY s.start_ns DESC, s.span_id DESC) = 1
+  ) s ON s.trace_id = l.target_id WHERE l.target_kind = 'trace' GROUP BY l.target_id, l.name
 )
 SELECT p.episode_id, sum(p.value * w.weight) AS reward FROM placed p JOIN reward_weights w USING (name)
 GROUP BY p.episode_id;
