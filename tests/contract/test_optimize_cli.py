@@ -130,7 +130,8 @@ def test_a_search_by_whole_prompts_killed_with_9_is_resumed_and_pays_for_nothing
     slot = f"kill-{engine}"
     words = ["optimize", "apo", "--slot", slot, "--engine", engine, "--param", "beam_width=2", "--param"]
     words += ["branch_factor=2", "--tasks", "tasks.jsonl", "--grader", "exact", "--budget", "60", "--holdout", "10"]
-    words += ["--concurrency", "2", "--json", "--", *script(folder)]
+    # Not promoted: the next slot's agent has the same prompt, and would be served the better one from the start.
+    words += ["--concurrency", "2", "--promote", "never", "--json", "--", *script(folder)]
     config = str(folder / "ratchet.yaml")
     env = server.environment(RATCHET_URL=server.url, RATCHET_CONFIG=config)
     process = subprocess.Popen([*RATCHET, *words], env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -144,6 +144,15 @@ def test_a_broken_agent_ends_the_search_with_its_reason(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ENGINES)
+def test_a_prompt_that_is_always_right_costs_one_look(name: str) -> None:
+    async def evaluate(requests: Sequence[Request]) -> list[Outcome]:
+        return [Outcome(request, 1.0) for request in requests]
+
+    found = run(name, problem(World(SPECS["base"], 1), evaluate=evaluate))
+    assert (found.stop, found.changed, found.rollouts) == ("headroom", False, 20)
+
+
+@pytest.mark.parametrize("name", ENGINES)
 def test_without_a_language_model_the_engine_says_what_it_needs(name: str) -> None:
     with pytest.raises(BadInput, match="needs a language model"):
         run(name, problem(World(SPECS["base"], 1), complete=None))
