@@ -1,6 +1,7 @@
 # `make demo` and `make test` work from a fresh clone with Python 3.11+, make and git. A second run skips what is done.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV := .venv
+OTEL_CLIENT := .venvs/otel-openai-v2
 BIN := $(VENV)/bin
 # The torch build. The default takes what pip finds; on Linux with no GPU choose the CPU index (see README):
 #   make demo TORCH_ARGS="--index-url <the CPU index>"
@@ -50,7 +51,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: install
+test: install otel-clients
 	$(BIN)/python -m pytest
 
 # The longer drills, outside `make test`.
@@ -58,11 +59,12 @@ faults: install
 	RATCHET_DRILLS=200 RATCHET_SWAPS=1000 RATCHET_STREAMS=50 RATCHET_CANARIES=1000 $(BIN)/python -m pytest tests/faults -s
 
 # OpenTelemetry's own instrumentor of openai needs other versions of its libraries than the rest: for tests/contract.
-OTEL_CLIENT := .venvs/otel-openai-v2
-otel-clients:
+otel-clients: $(OTEL_CLIENT)/.done
+$(OTEL_CLIENT)/.done:
 	$(PYTHON) -m venv $(OTEL_CLIENT)
 	$(OTEL_CLIENT)/bin/python -m pip --disable-pip-version-check install --quiet "openai>=2,<3" "wrapt<2" \
 	  "opentelemetry-instrumentation-openai-v2==2.3b0" "opentelemetry-exporter-otlp-proto-http>=1.36,<2"
+	@touch $@
 
 # Real clients and frameworks, unmodified, each in an environment of its own under .venvs (made once; some GB).
 test-clients: install
