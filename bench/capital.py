@@ -288,7 +288,8 @@ def main() -> None:
         pooled: dict[str, list[dict[str, Any]]] = {}
         for path in asked.merge:
             for name, entries in json.loads(path.read_text()).items():
-                pooled.setdefault(name, []).extend(entries)
+                if entries:  # a run that was broken off has none for its last method
+                    pooled.setdefault(name, []).extend(entries)
         console.print(table(pooled))
         keep(pooled, sum(entry["seconds"] for entries in pooled.values() for entry in entries))
         return
