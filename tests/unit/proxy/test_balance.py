@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collector.errors import ConfigError
@@ -20,6 +20,7 @@ from tests.unit.proxy.harness import Worker, worker
 DEAD = "http://127.0.0.1:9/v1"
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(1, 4))
 def test_every_entry_gets_exactly_its_share(weights: list[int], rounds: int) -> None:
     group = Group([Member(index, float(weight)) for index, weight in enumerate(weights)])

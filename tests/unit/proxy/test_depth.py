@@ -4,7 +4,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.depth import MAX_DEPTH, _deep_text, check
@@ -47,6 +47,7 @@ JSON = st.recursive(st.none() | st.text(max_size=3), lambda inner: st.lists(inne
     st.text(max_size=2), inner, max_size=2), max_leaves=8)  # fmt: skip
 
 
+@settings(deadline=None)
 @given(JSON, st.integers(60, 70))
 def test_both_ways_of_measuring_agree(inner: Any, wraps: int) -> None:
     body: dict[str, Any] = {"x": inner}

@@ -4,7 +4,7 @@ import json
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy import members
@@ -22,6 +22,7 @@ def dump(value: object, separators: tuple[str, str] = (",", ":")) -> bytes:
     return json.dumps(value, separators=separators, ensure_ascii=False).encode()
 
 
+@settings(deadline=None)
 @given(OBJECTS, SEPARATORS)
 def test_every_member_is_found_where_it_stands(body: dict[str, object], separators: tuple[str, str]) -> None:
     text = dump(body, separators).decode()
@@ -29,6 +30,7 @@ def test_every_member_is_found_where_it_stands(body: dict[str, object], separato
     assert {name: json.loads(text[one.value : one.end]) for name, one in found.items()} == body
 
 
+@settings(deadline=None)
 @given(OBJECTS, SEPARATORS, st.lists(st.sampled_from(["prompt_id", "a", "b"]), max_size=3))
 def test_what_is_taken_out_is_gone_and_the_rest_is_as_it_was(
     body: dict[str, object], separators: tuple[str, str], names: list[str]
@@ -38,6 +40,7 @@ def test_what_is_taken_out_is_gone_and_the_rest_is_as_it_was(
     assert json.loads(members.without(raw, body, *names)) == left == body
 
 
+@settings(deadline=None)
 @given(OBJECTS, SEPARATORS, st.sampled_from(["prompt_id", "new"]), VALUES)
 def test_what_is_put_in_is_there_and_the_rest_is_as_it_was(
     body: dict[str, object], separators: tuple[str, str], name: str, value: object

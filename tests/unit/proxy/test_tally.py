@@ -2,7 +2,7 @@
 
 import re
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
@@ -16,6 +16,7 @@ def exposed(registry: CollectorRegistry) -> str:
     return re.sub(r"(# HELP|# TYPE)? ?\w+_created.*\n", "", generate_latest(registry).decode())
 
 
+@settings(deadline=None)
 @given(st.integers(0, 50), st.lists(st.sampled_from(["chat", "other"])), st.lists(st.floats(0, 5)))
 def test_the_exposition_is_that_of_prometheus_own_counters(ones: int, labels: list[str], seconds: list[float]) -> None:
     ours, theirs = CollectorRegistry(), CollectorRegistry()
