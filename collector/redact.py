@@ -17,6 +17,7 @@ PAYLOADS = ("input_messages", "output_messages", "tools", "attributes")
 SPELLED = ("token_ids", "logprobs")  # they spell the same text again
 GIVEN = ("route", "request_model", "response_model", "error_type")  # columns with words of a client's or an upstream's
 _MASKED = (*PAYLOADS, *GIVEN)
+_SHORT = 1000  # characters; a rare one in a short value must not have the long ones searched
 MASK = "[redacted]"
 MASK_EMAIL = "[e-mail]"
 
@@ -74,7 +75,7 @@ def text(value: str, emails: bool = False) -> tuple[str, bool]:
             for literal, pattern in tokens:
                 if literal in value:
                     masked = pattern.sub(_mask_token, masked)
-    if "-----BEGIN" in value:
+    if "-" in value and "-----BEGIN" in value:
         masked = _PEM.sub(MASK, masked)
     if emails and "@" in value:
         masked = _EMAIL.sub(_mask_email, masked)
@@ -112,8 +113,10 @@ def exchange(call: Call, emails: bool = False) -> Call:
 def payloads(line: dict[str, Any], emails: bool = False) -> None:
     """Masks a span's line in place: payloads, and what a client may have put a key into by mistake. A hit drops its
     token ids and logprobs too."""
-    _, hit = text("\n".join(filter(None, map(line.get, _MASKED))), emails)  # clean, mostly: then one look is enough
-    if hit:
+    held = [value for value in map(line.get, _MASKED) if value]
+    looks = [value for value in held if len(value) > _SHORT]  # what is short is looked at together
+    looks.append("\n".join([value for value in held if len(value) <= _SHORT]))
+    if any(text(value, emails)[1] for value in looks):
         line.update({name: text(line[name], emails)[0] for name in _MASKED if line.get(name)})
         for name in SPELLED:
             line.pop(name, None)
