@@ -13,6 +13,7 @@ from collector.client import Client
 from collector.errors import BadInput, Conflict, RatchetError
 from collector.settings import Settings, load
 from optimize import jobs
+from optimize.apo.factorial import Params
 from optimize.apo.job import Stage, run_apo
 from optimize.apo.spec import ApoSpec, file_sha256
 from optimize.jobs import JobCancelled, JobLock, cancel, decoded
@@ -119,10 +120,10 @@ def test_no_held_out_task_is_used_by_the_search_or_shown_in_the_prompt(tmp_path:
 
 def test_without_headroom_nothing_is_spent_on_a_search(tmp_path: Path, world: World) -> None:
     world.model = lambda system, user: re.findall(r"\d+", user)[-1]
-    done = run(world, tmp_path, spec(tmp_path))
+    done = run(world, tmp_path, spec(tmp_path, budget=100))
     assert (done.verdict, done.promoted, done.gate, done.version) == ("reject", False, None, None)
     assert "nothing to gain" in done.reason
-    assert done.rollouts <= 20
+    assert done.rollouts <= Params().headroom_rollouts
     assert done.report is not None
 
 
