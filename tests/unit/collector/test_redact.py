@@ -3,7 +3,7 @@ import json
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collector import redact
@@ -103,6 +103,7 @@ def test_a_clean_call_is_the_same_object() -> None:
     assert redact.exchange(call(1, input_messages="x@example.org"), emails=True).input_messages == "[e-mail]"
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([*SECRETS, "clean", "a@b.example", '"}]', "sk-"]), max_size=4), st.booleans())
 def test_a_line_is_masked_as_an_exchange_is(parts: list[str], emails: bool) -> None:
     names = dict(zip(redact.PAYLOADS, parts, strict=False))

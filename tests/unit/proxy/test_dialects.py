@@ -2,7 +2,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.dialects import KNOWN, OTHER
@@ -142,6 +142,7 @@ heads = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(heads, deltas, extras), max_size=8))
 def test_chunks_of_nothing_but_text_may_be_read_in_short(parts: list[Any]) -> None:
     chunks = [{**head, "choices": [{"index": 0, "delta": delta, **extra}]} for head, delta, extra in parts]

@@ -2,7 +2,7 @@ import itertools
 import json
 from collections.abc import Iterable
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy import sse
@@ -136,6 +136,7 @@ plain = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(plain, max_size=8).map(b"".join))
 def test_one_parse_of_a_plain_stream_finds_what_its_events_hold(stream: bytes) -> None:
     found = sse.values(stream)
