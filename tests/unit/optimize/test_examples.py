@@ -27,8 +27,11 @@ def test_the_agent_imports_the_openai_sdk_and_nothing_of_ratchet() -> None:
     assert imported == {"json", "os", "sys", "openai"}
 
 
-def test_the_agents_only_own_setting_is_the_models_name() -> None:
-    assert re.findall(r"environ.get\(\"(\w+)\"", (EXAMPLE / "agent.py").read_text()) == ["OPENAI_MODEL"]
+def test_the_agents_only_own_settings_are_the_model_and_its_temperature() -> None:
+    assert re.findall(r"environ.get\(\"(\w+)\"", (EXAMPLE / "agent.py").read_text()) == [
+        "OPENAI_MODEL",
+        "OPENAI_TEMPERATURE",
+    ]
 
 
 def test_the_countries_are_many_enough_for_a_proof_and_each_has_its_capital() -> None:
