@@ -162,7 +162,7 @@ def runtime() -> Iterator[Runtime]:
 
 def collector_command(settings: Settings, shared: Runtime) -> Command:
     """The collector's process. It gets what it needs, and no key."""
-    config = settings.model_dump_json(exclude={"server", "model_list", "optimizer"})
+    config = settings.model_dump_json(exclude={"server": True, "model_list": True, "optimizer": True, "upstream": True})
     argv = [sys.executable, "-P", "-m", "collector", "--socket", str(shared.collector_socket), "--config", "-"]
     argv += ["--parent-fd", str(shared.alive_fd)]
     return Command(argv, stdin=config.encode(), fds=(shared.alive_fd,))

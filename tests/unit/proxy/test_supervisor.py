@@ -124,6 +124,13 @@ def test_no_key_is_on_a_command_line(listener: socket.socket, tmp_path: Path) ->
     assert Settings.model_validate(orjson.loads(worker.stdin)["settings"]) == settings
 
 
+def test_the_collector_can_read_its_settings_whatever_is_configured(tmp_path: Path) -> None:
+    entries = [{"model_name": name, "litellm_params": {"model": f"openai/{name}"}} for name in ("fast", "big")]
+    given = {"model_list": entries, "upstream": {"fallbacks": {"fast": ["big"]}}, "store": {"data_dir": str(tmp_path)}}
+    command = supervisor.collector_command(Settings.model_validate(given), Runtime(tmp_path, 0))
+    assert Settings.model_validate_json(command.stdin).store.data_dir == tmp_path
+
+
 def test_it_tells_when_it_is_ready_and_cleans_up(stand_ins: None, listener: socket.socket, tmp_path: Path) -> None:
     seen: list[dict[str, object]] = []
 
