@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 CONNECTION = "ratchet.connection"  # the ASGI extension under which an application finds its Cycle
 _HEAD = MAX_HEADER_BYTES + (64 << 10)  # bytes of a head that isn't whole yet; the application counts the rest
 _JOIN = 64 << 10  # bytes; more than that is not copied to be joined
+_UPGRADING = (b"upgrade", b"connection", b"http2-settings")
 
 
 class Cycle(RequestResponseCycle):
@@ -147,10 +148,11 @@ class Cycle(RequestResponseCycle):
 
 
 class Protocol(HttpToolsProtocol):
-    """One client's connection. Malformed requests get OpenAI's envelope; an upgrade is served as a plain request, which
-    the application refuses in its own words."""
+    """One client's connection. Malformed requests get OpenAI's envelope; a websocket's upgrade is served as a plain
+    request, which the application refuses in its own words; any other, such as Java's offer of h2c, is not taken."""
 
     _idle_since = 0.0
+    _offered = False  # whether the head that was just read asks for an upgrade that isn't taken
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn narrows it
         """asyncio's word for: somebody is there."""
@@ -161,14 +163,28 @@ class Protocol(HttpToolsProtocol):
         """asyncio's word for: bytes have come."""
         self._idle_since = self.loop.time()
         try:
-            self.parser.feed_data(data)
+            self._feed(data)
         except httptools.HttpParserError:
             self._refuse(BadRequest("this is no HTTP/1.1 request", code="malformed_request"))
-        except httptools.HttpParserUpgrade:
-            log.debug("an upgrade was asked for")
         self._reading.got += len(data)
         if self._reading.head and self._reading.got > _HEAD:
             self._refuse(HeadersTooLarge(f"the head is larger than {_HEAD} bytes"))
+
+    def _feed(self, data: bytes) -> None:
+        """Parses. Where the parser stops at an upgrade that isn't taken, it reads the head again without that, and then
+        the body, which it would skip. Raises HttpParserError."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as stop:
+            log.debug("an upgrade was asked for")
+            if self._offered:
+                self._feed(self._plain_head() + data[stop.args[0] :])
+
+    def _plain_head(self) -> bytes:
+        self._offered = False
+        first = b"%b %b HTTP/1.1" % (self.parser.get_method(), self.url)
+        kept = (pair for pair in self.headers if pair[0] not in _UPGRADING)
+        return b"\r\n".join((first, *map(b": ".join, kept), b"", b""))
 
     def check_pace(self, now: float, patience: float) -> None:
         """Ends a request that takes too long to come; called now and then."""
@@ -189,6 +205,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Parser: the last byte of a request."""
+        if self._offered:
+            return
         super().on_message_complete()
         self._reading.since = None
         self._reading.head = False
@@ -206,8 +224,13 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Parser: the head is whole. Starts the application, or queues it behind a pipelined request's."""
-        self._reading.head = False
         parser, scope = self.parser, self.scope
+        self._offered = (
+            parser.should_upgrade() and dict(self.headers).get(b"upgrade", b"websocket").lower() != b"websocket"
+        )
+        if self._offered:
+            return
+        self._reading.head = False
         version = parser.get_http_version()
         if version != "1.1":
             scope["http_version"] = version

@@ -291,3 +291,35 @@ def test_an_upgrade_is_served_as_a_plain_request() -> None:
         assert (await talk.say(asked)).startswith(b"HTTP/1.1 400 ")
 
     asyncio.run(run())
+
+
+H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+
+
+@pytest.mark.parametrize("cut", [None, 10, 60, 150, 196, 198])
+def test_an_offer_of_http2_leaves_the_body_where_it_is(cut: int | None) -> None:
+    """Java's client makes that offer with each plain request. httptools would skip the body."""
+    heard: list[Any] = []
+
+    async def echo(scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        body = message["body"]
+        while message["more_body"]:
+            message = await receive()
+            body += message["body"]
+        heard.append((scope["method"], scope["raw_path"], dict(scope["headers"]).get(b"upgrade"), body))
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def run() -> None:
+        talk = Talk(echo)
+        asked = b"POST /a?b HTTP/1.1\r\nhost: x\r\ncontent-length: 7\r\n" + H2C + b"x-more: 1\r\n\r\nPOST /c"
+        if cut is not None:
+            talk.protocol.data_received(asked[:cut])
+        assert (await talk.say(asked[cut or 0 :])).startswith(b"HTTP/1.1 200 ")
+        assert (await talk.say(GET.replace(b"host: x\r\n", b"host: x\r\n" + H2C))).startswith(b"HTTP/1.1 200 ")
+        assert (await talk.say(GET + GET)).count(b"HTTP/1.1 200 ") == 2
+
+    asyncio.run(run())
+    post, get = ("POST", b"/a", None, b"POST /c"), ("GET", b"/a", None, b"")
+    assert heard == [post, get, get, get]
