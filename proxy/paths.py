@@ -43,9 +43,14 @@ def parse(method: str, raw_path: str) -> Route:
 def _dialect(method: str, tail: str, parts: list[str], versioned: bool) -> Dialect | None:
     if method == "POST" and tail in KNOWN:
         return KNOWN[tail]
-    if not versioned or not tail or parts[0] in _COLD:
+    if not tail or parts[0] in _COLD or not (versioned or _belongs(tail)):
         return None
     return OTHER
+
+
+def _belongs(tail: str) -> bool:
+    """Whether a path without /v1 is about what a known one made: a stored response or completion, a token count."""
+    return any(tail == known or tail.startswith(f"{known}/") for known in KNOWN)
 
 
 def pinned(pins: str | None) -> dict[str, str]:

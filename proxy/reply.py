@@ -114,7 +114,7 @@ def _told(error: TransportError) -> Exception:
 
 def late() -> UpstreamTimeout:
     """The error for an upstream that let too much time pass."""
-    return UpstreamTimeout("the upstream did not answer in time (upstream.connect_timeout, upstream.read_timeout)")
+    return UpstreamTimeout("the upstream did not answer in time (upstream: the keys that end in _timeout)")
 
 
 def broken() -> UpstreamError:
