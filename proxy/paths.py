@@ -35,6 +35,9 @@ def parse(method: str, raw_path: str) -> Route:
     versioned = parts[:1] == ["v1"]
     while parts[:1] == ["v1"]:
         parts = parts[1:]
+    plain = [part for part in parts if part]
+    if "/".join(plain) in KNOWN:
+        parts = plain  # a base URL that ends in a slash: the prompt is found all the same
     tail = "/".join(parts)
     path = ("/v1/" if versioned else "/") + tail
     return Route(_dialect(method, tail, parts, versioned), tail, path, episode, pins)

@@ -31,3 +31,9 @@ def test_a_known_path_has_its_dialect_with_and_without_v1(tail: str) -> None:
 @pytest.mark.parametrize("path", ["/response", "/responsesx", "/chat", "/files", "/", "/v1", "/models", "/v1/models/a"])
 def test_a_path_that_only_looks_like_a_known_one_is_not_relayed(path: str) -> None:
     assert parse("GET", path).dialect is None
+
+
+@pytest.mark.parametrize("path", ["/v1//chat/completions", "/v1/chat/completions/"])
+def test_a_slash_too_many_in_the_base_url_changes_nothing(path: str) -> None:
+    assert parse("POST", path).tail == "chat/completions"
+    assert parse("POST", path).dialect is parse("POST", "/v1/chat/completions").dialect
