@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Traffic:
 
     answers: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     failed: list[str] = field(default_factory=list)
+    told: Counter[str] = field(default_factory=Counter)
     over: bool = False
 
     async def agent(self, session: aiohttp.ClientSession, url: str, name: str) -> None:
@@ -64,10 +65,11 @@ class Traffic:
         events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
         seen = "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
         self.answers[episode].append((told, seen.strip()))
+        self.told[told] += 1
 
 
 async def drill(server: Served) -> tuple[Traffic, float]:
-    """Swaps to one of the other versions, one after another, while the streams run; and the seconds it took."""
+    """Swaps to one of the versions, each when somebody was served the one before, and the seconds it took."""
     api = f"{server.url}/api/slots/capital"
     traffic = Traffic()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -78,8 +80,13 @@ async def drill(server: Served) -> tuple[Traffic, float]:
         agents = [asyncio.create_task(traffic.agent(session, server.url, f"a{n}")) for n in range(STREAMS)]
         began = time.monotonic()
         for swap in range(SWAPS):
+            version = f"capital@{swap % 3 + 1}"
+            before = traffic.told[version]
             async with session.post(f"{api}/promote", json={"version": swap % 3 + 1}) as response:
                 assert response.status == 200, await response.text()
+            async with asyncio.timeout(20):
+                while traffic.told[version] == before:
+                    await asyncio.sleep(0.002)
         seconds = time.monotonic() - began
         traffic.over = True
         await asyncio.gather(*agents)
