@@ -93,6 +93,7 @@ def test_logged_requests_are_enough_to_find_and_prove_a_better_prompt(server: Se
     assert "CURTLY" in result["best_template"]
     assert (result["holdout"]["before"], result["holdout"]["after"]) == (0.0, 1.0)
     assert result["notes"] == []
+    server.client.flush()
     sent = [row for row in server.client.episodes(limit=500)["episodes"] if row["episode_id"].startswith("run-")]
     assert len(sent) == result["rollouts"]
     live = next(version for version in server.client.versions("single") if version["live"])
@@ -169,6 +170,7 @@ def test_a_token_budget_holds_for_rollouts_edits_and_the_test_together(server: S
     assert done.returncode in (0, 1), done.stderr
     result = json.loads(done.stdout)
     events = server.client.evaluations(result["job_id"])
+    server.client.flush()
     spans = server.client.spans(200, episode_id=f"{result['job_id']}-editor")["spans"]
     counts = [(one["input_tokens"] or 0) + (one["output_tokens"] or 0) for one in [*events, *spans]]
     assert 300 < sum(counts) <= 900
