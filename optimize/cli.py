@@ -158,7 +158,9 @@ async def _with_progress(runner: Runner, plans: list[Plan], out: Console) -> lis
             mean = sum(rollout.score for rollout in done) / len(done)
             progress.update(bar, completed=len(done), description=f"mean reward {mean:.2f}, {failed} failed")
 
-        return await runner.run_all(plans, settled)
+        rollouts = await runner.run_all(plans, settled)
+        await asyncio.to_thread(runner.client.flush)  # so that what is looked at next has the last rewards
+        return rollouts
 
 
 def _sum_up(rollouts: list[Rollout], seconds: float, as_json: bool) -> None:

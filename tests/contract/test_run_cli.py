@@ -51,6 +51,7 @@ def ratchet(server: Served, tmp_path: Path, *words: str) -> subprocess.Completed
 
 
 def episodes(server: Served) -> dict[str, dict[str, Any]]:
+    server.client.flush()
     return {row["episode_id"]: row for row in server.client.episodes(limit=500)["episodes"]}
 
 
@@ -100,6 +101,7 @@ def test_an_agents_own_reward_counts(server: Served, tmp_path: Path) -> None:
     words = ["run", "--tasks", tasks(tmp_path, TASKS[:4]), "--grader", "exact", "--json"]
     answer = json.loads(ratchet(server, tmp_path, *words, "--", *script(tmp_path, own)).stdout)
     assert [rollout["reward"] for rollout in answer["rollouts"]] == [0.25] * 4
+    server.client.flush()
     rewards = server.client.query("select value from rewards_v where value = 0.25")
     assert rewards["rows"] == [[0.25]] * 4
 
