@@ -15,7 +15,7 @@ from typing import Any
 
 from optimize.dataset import Task
 from optimize.grade import GradeError, finite
-from optimize.rollout import Plan, Rollout, Settled
+from optimize.rollout import Plan, Rollout, Settled, as_they_end, settled_already
 from optimize.runner import task_part
 
 # Names of errors, of whichever client library, that say nothing of the prompt: the model's endpoint was not there.
@@ -74,20 +74,7 @@ class FunctionRollouts:
 
     async def run_all(self, plans: Sequence[Plan], on_settled: Settled | None = None) -> list[Rollout]:
         """See Rollouts."""
-        pending = {asyncio.create_task(self._one(plan)): index for index, plan in enumerate(plans)}
-        rollouts: dict[int, Rollout] = {}
-        try:
-            while pending:
-                done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                batch = [(pending.pop(task), task.result()) for task in done]
-                rollouts.update(batch)
-                if on_settled is not None:
-                    await on_settled(batch)
-        finally:
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
-        return [rollouts[index] for index in range(len(plans))]
+        return await as_they_end([self._one(plan) for plan in plans], settled_already, on_settled)
 
     async def _one(self, plan: Plan) -> Rollout:
         async with self._free:

@@ -13,7 +13,7 @@ from collector.errors import BadInput
 from optimize.grade import GradeError, Grader
 from optimize.logged import LoggedTask, answer_of
 from optimize.patience import patiently
-from optimize.rollout import Plan, Rollout, Settled
+from optimize.rollout import Plan, Rollout, Settled, as_they_end, settled_already
 from optimize.runner import task_part
 
 DETAIL_CHARS = 500
@@ -60,21 +60,8 @@ class Resend:
         """See Rollouts."""
         import httpx
 
-        rollouts: dict[int, Rollout] = {}
         async with httpx.AsyncClient(timeout=self._timeout, trust_env=False) as http:
-            pending = {asyncio.create_task(self._one(http, plan)): index for index, plan in enumerate(plans)}
-            try:
-                while pending:
-                    done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                    batch = [(pending.pop(task), task.result()) for task in done]
-                    rollouts.update(batch)
-                    if on_settled is not None:
-                        await on_settled(batch)
-            finally:
-                for task in pending:
-                    task.cancel()
-                await asyncio.gather(*pending, return_exceptions=True)
-        return [rollouts[index] for index in range(len(plans))]
+            return await as_they_end([self._one(http, plan) for plan in plans], settled_already, on_settled)
 
     async def _one(self, http: Any, plan: Plan) -> Rollout:
         if not isinstance(plan.task, LoggedTask):

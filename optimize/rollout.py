@@ -1,8 +1,9 @@
 """One run of an agent on one task: as planned, as it ended, and who can make it."""
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from optimize.dataset import Task
 
@@ -54,6 +55,7 @@ class Plan:
     template: str | None = None
 
 
+Attempt = TypeVar("Attempt")
 Settled = Callable[[list[tuple[int, Rollout]]], Awaitable[None]]
 
 
@@ -69,3 +71,36 @@ class Rollouts(Protocol):
         """All rollouts, concurrently, in the order of `plans`; `on_settled` gets (index, rollout) in small batches as
         they end. An agent's failure is a Rollout, not an exception; Unavailable where the collector stays away."""
         ...
+
+
+async def as_they_end(
+    attempts: Sequence[Coroutine[Any, Any, Attempt]],
+    settle: Callable[[list[Attempt]], Awaitable[list[Rollout]]],
+    on_settled: Settled | None = None,
+) -> list[Rollout]:
+    """Run all attempts at once; what has ended meanwhile is settled together, while the others go on.
+
+    The rollouts come in the order of `attempts`. If settling raises or this is cancelled, what still runs is cancelled
+    and waited for.
+    """
+    pending = {asyncio.create_task(attempt): index for index, attempt in enumerate(attempts)}
+    rollouts: dict[int, Rollout] = {}
+    try:
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            ended = [(pending.pop(task), task.result()) for task in done]
+            settled = await settle([attempt for _, attempt in ended])
+            numbered = [(index, rollout) for (index, _), rollout in zip(ended, settled, strict=True)]
+            rollouts.update(numbered)
+            if on_settled is not None:
+                await on_settled(numbered)
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+    return [rollouts[index] for index in range(len(attempts))]
+
+
+async def settled_already(rollouts: list[Rollout]) -> list[Rollout]:
+    """For attempts that end as rollouts."""
+    return rollouts

@@ -18,7 +18,7 @@ from optimize.dataset import Task
 from optimize.grade import GradeError, Grader
 from optimize.patience import patiently
 from optimize.process import Finished, run_process
-from optimize.rollout import Plan, Rollout, Settled
+from optimize.rollout import Plan, Rollout, Settled, as_they_end
 from optimize.sandbox import Room, bare
 
 DETAIL_CHARS = 2000
@@ -83,32 +83,9 @@ class Runner:
         """One rollout. Never raises for an agent's failure; raises Unavailable where the collector stays away."""
         return (await self.run_all([Plan(task, pin, episode_id=episode_id)]))[0]
 
-    async def run_all(
-        self,
-        plans: Sequence[Plan],
-        on_settled: Settled | None = None,
-    ) -> list[Rollout]:
-        """All rollouts, concurrently, in the order of `plans`.
-
-        `on_settled` gets (index, rollout) in small batches as they are finished: while one batch waits for the store,
-        the next agents run.
-        """
-        pending = {asyncio.create_task(self._attempt(plan)): index for index, plan in enumerate(plans)}
-        rollouts: dict[int, Rollout] = {}
-        try:
-            while pending:
-                done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                batch = [(pending.pop(task), task.result()) for task in done]
-                settled = await self._settle([attempt for _, attempt in batch])
-                numbered = [(index, rollout) for (index, _), rollout in zip(batch, settled, strict=True)]
-                rollouts.update(numbered)
-                if on_settled is not None:
-                    await on_settled(numbered)
-        finally:
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
-        return [rollouts[index] for index in range(len(plans))]
+    async def run_all(self, plans: Sequence[Plan], on_settled: Settled | None = None) -> list[Rollout]:
+        """See Rollouts. While one batch waits for the store, the next agents run."""
+        return await as_they_end([self._attempt(plan) for plan in plans], self._settle, on_settled)
 
     async def _attempt(self, plan: Plan) -> _Attempt:
         async with self._free:
