@@ -52,7 +52,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 test: install otel-clients
-	$(BIN)/python -m pytest
+	RATCHET_REPEAT=1 $(BIN)/python -m pytest
 
 # The longer drills, outside `make test`.
 faults: install

@@ -18,5 +18,7 @@ def write_day(data_dir: Path, ago: int, *bodies: Any, role: str = "w0") -> Path:
     began = (archive.today() - ago) * DAY_NS + 3_600_000_000_000
     path = folder / f"{began:019d}-{role}-{os.getpid()}-{secrets.token_hex(4)}.ndjson"
     lines = [encode(*body) if isinstance(body, tuple) else encode("span", body) for body in bodies]
-    path.write_bytes(b"".join(lines))
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(b"".join(lines))
+    unfinished.rename(path)  # as a writer seals: a server that looks on sees all of it or nothing
     return path

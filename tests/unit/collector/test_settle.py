@@ -135,7 +135,7 @@ EVERYTHING = [
 ]
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.permutations(range(len(EVERYTHING))), st.sets(st.integers(1, len(EVERYTHING) - 1), max_size=2))
 def test_the_order_in_which_things_arrive_changes_nothing(
     tmp_path_factory: pytest.TempPathFactory, order: list[int], cuts: set[int]
