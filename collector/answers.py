@@ -1,11 +1,12 @@
 """Answers of a server as values, or as the errors that they carry."""
 
 from collections.abc import Callable
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from collector.errors import BadInput, Conflict, NotFound, QueryError, RatchetError, Unavailable
+
+if TYPE_CHECKING:
+    import httpx
 
 _ERRORS: dict[int, type[RatchetError]] = {
     400: QueryError,
@@ -17,7 +18,7 @@ _ERRORS: dict[int, type[RatchetError]] = {
 }
 
 
-def read(answer: httpx.Response, url: str) -> Any:
+def read(answer: "httpx.Response", url: str) -> Any:
     """The JSON of an answer, or the error that it carries, as the class that the server raised."""
     try:
         value = answer.json()

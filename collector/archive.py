@@ -13,20 +13,22 @@ import hashlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
-import pyarrow as pa
-import pyarrow.parquet
 
 from collector import fold, journal, redact
 from collector.errors import Unavailable
 from collector.inserts import Segment, insert_events
 from collector.settle import settle
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FOLDER = "archive"
 MANIFEST = "manifest.json"
@@ -57,6 +59,11 @@ SELECT * FROM payloads WHERE day = $day AND start_ns >= $since AND start_ns < $u
 ORDER BY episode_id, start_ns, span_id
 """
 _TIMELESS = "SELECT * FROM payloads WHERE day = $day AND start_ns IS NULL"
+_NO_PAYLOADS = """
+SELECT NULL::VARCHAR AS span_id, NULL::VARCHAR AS episode_id, NULL::BIGINT AS start_ns,
+  NULL::VARCHAR AS input_messages, NULL::VARCHAR AS output_messages, NULL::VARCHAR AS tools,
+  NULL::VARCHAR AS attributes, NULL::VARCHAR AS token_ids, NULL::VARCHAR AS logprobs, NULL::INTEGER AS day WHERE false
+"""
 _STRETCH_BYTES = 24 << 20
 _STRETCH_ROWS = 8192
 _LATEST_NS = (1 << 63) - 1
@@ -100,7 +107,7 @@ def day_name(day: int) -> str:
 
 def today() -> int:
     """Days since 1970, by the wall clock, in UTC."""
-    return (datetime.now(UTC).date() - _EPOCH).days
+    return int(time.time() // 86_400)
 
 
 class Lines(Protocol):
@@ -118,12 +125,12 @@ class Archive:
         self.path = path.resolve()
         self._files: list[str] = []  # what the view of payloads reads
 
-    def prepare(self) -> None:
+    def prepare(self, con: Any) -> None:
         """Make the folder, with the file that is read where there are no others. Raises OSError."""
         self.path.mkdir(mode=0o700, exist_ok=True)
         empty = self.path / _EMPTY
         if not empty.exists():
-            _write_empty(empty)
+            _write_empty(con, empty)
         self._files = [str(empty)]
 
     def refresh(self, cursor: Any) -> None:
@@ -151,9 +158,11 @@ class Archive:
 
     def column(self, part: Part, table: str, name: str) -> list[str]:
         """One text column of a table of a part; nothing where the file cannot be read."""
+        import pyarrow.parquet
+
         try:
             found = pyarrow.parquet.read_table(self.file(part, f"{table}.parquet"), columns=[name])
-        except (OSError, pa.ArrowException):
+        except (OSError, pyarrow.ArrowException):
             return []
         return [str(value) for value in found.column(0).to_pylist()]
 
@@ -323,19 +332,23 @@ def _settle_all(con: Any) -> None:
 
 
 def _payload_schema() -> "pa.Schema":
+    import pyarrow as pa
+
     texts = ("span_id", "episode_id", *redact.PAYLOADS, "token_ids", "logprobs")
     numbers = [pa.field("start_ns", pa.int64()), pa.field("day", pa.int32())]
     return pa.schema([*(pa.field(name, pa.string()) for name in texts), *numbers])
 
 
-def _write_empty(target: Path) -> None:
+def _write_empty(con: Any, target: Path) -> None:
     temporary = target.with_name(f".{target.name}")
-    pyarrow.parquet.write_table(_payload_schema().empty_table(), temporary)
+    con.sql(_NO_PAYLOADS).write_parquet(str(temporary))
     temporary.replace(target)
 
 
 def _write_payloads(cursor: Any, day: int, target: Path) -> int:
     """The day's payloads, never more than a stretch of them in memory; returns how many."""
+    import pyarrow.parquet
+
     schema = _payload_schema()
     count = 0
     with pyarrow.parquet.ParquetWriter(target, schema, compression="zstd") as writer:

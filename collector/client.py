@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote
 
-import httpx
 import orjson
 
 from collector import bodies, settings
@@ -14,6 +13,8 @@ from collector.answers import as_dict, as_list, joined, read
 from collector.errors import RatchetError, Unavailable
 
 if TYPE_CHECKING:
+    import httpx
+
     from collector.service import Collector
 
 R = TypeVar("R")
@@ -175,7 +176,9 @@ class Client(Protocol):
 class Remote:
     """A running server, over HTTP. Raises Unavailable when nothing answers there."""
 
-    def __init__(self, url: str, api_key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, url: str, api_key: str | None = None, transport: "httpx.BaseTransport | None" = None) -> None:
+        import httpx  # who opens the store in place needs none
+
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         # trust_env off: a proxy of the environment must not see what goes to the own machine.
@@ -195,6 +198,8 @@ class Remote:
         params: Mapping[str, Any] | None = None,
         patience: float = _ANSWER_SECONDS,
     ) -> Any:
+        import httpx
+
         given = {name: value for name, value in (params or {}).items() if value is not None}
         url = "/" + "/".join(quote(part, safe="") for part in path)
         try:

@@ -10,13 +10,15 @@ import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import httpx
 import orjson
 
 from collector.errors import BadInput, RatchetError
 from collector.settings import EngineEntry
+
+if TYPE_CHECKING:
+    import httpx
 
 log = logging.getLogger(__name__)
 CANARY_FILE = "canary.json"
@@ -64,6 +66,8 @@ class HttpEngine:
     """An engine behind an OpenAI endpoint with vLLM's adapter routes: the built-in one."""
 
     def __init__(self, entry: EngineEntry) -> None:
+        import httpx  # who has no engine starts without it
+
         self.base_model = entry.base_model
         self.url = entry.api_base.rstrip("/")
         headers = {"authorization": f"Bearer {entry.api_key}"} if entry.api_key else {}
@@ -92,6 +96,8 @@ class HttpEngine:
         return str(choice["text"]), [float(one) for one in (choice["logprobs"] or {}).get("token_logprobs") or []]
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
+        import httpx
+
         try:
             answer = self._client.request(method, f"{self.url}/{path}", json=body)
             answer.raise_for_status()
@@ -196,7 +202,7 @@ def _name(engine: Engine) -> str:
     return str(getattr(engine, "url", engine.base_model))
 
 
-def _why(response: httpx.Response) -> str:
+def _why(response: "httpx.Response") -> str:
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

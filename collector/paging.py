@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from collector.errors import NotFound
 from collector.results import Table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MAX_PAGE_BYTES = 32 << 20
 _BATCH_ROWS = 2048
@@ -33,6 +34,8 @@ class Open:
 
     def page(self, rows: int, size: int = MAX_PAGE_BYTES) -> Table:
         """The next rows, at most `rows` of them and about `size` bytes, at least one where there is one."""
+        import pyarrow as pa
+
         wanted = min(rows, self.rows)
         taken: list[pa.RecordBatch] = []
         count = total = 0

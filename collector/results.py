@@ -1,12 +1,17 @@
-"""Results of queries: Arrow inside, JSON-safe values or an Arrow IPC stream outside."""
+"""Results of queries: Arrow inside, JSON-safe values or an Arrow IPC stream outside.
+
+Arrow is imported by whoever asks first: a server is ready without it.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
-import pyarrow as pa
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ARROW = "application/vnd.apache.arrow.stream"
 
@@ -16,7 +21,7 @@ class Table:
     """At most the asked number of rows; `truncated` says that there were more, `next` is the cursor of those that were
     asked for and did not fit."""
 
-    data: pa.Table
+    data: "pa.Table"
     truncated: bool
     next: str | None = None
 
@@ -29,6 +34,8 @@ class Table:
 
     def arrow(self) -> bytes:
         """An Arrow IPC stream."""
+        import pyarrow as pa
+
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self.data.schema) as writer:
             writer.write_table(self.data)
@@ -44,7 +51,9 @@ def parsed(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def _column(column: pa.ChunkedArray) -> list[Any]:
+def _column(column: "pa.ChunkedArray") -> list[Any]:
+    import pyarrow as pa
+
     convert = _converter(column.type)
     if convert is None:
         return list(column.to_pylist())
@@ -53,7 +62,9 @@ def _column(column: pa.ChunkedArray) -> list[Any]:
     return [convert(value) for value in column.to_pylist()]
 
 
-def _converter(kind: pa.DataType) -> Callable[[Any], Any] | None:
+def _converter(kind: "pa.DataType") -> Callable[[Any], Any] | None:
+    import pyarrow as pa
+
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_string(kind):
         return None
     if pa.types.is_temporal(kind) and not pa.types.is_interval(kind):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import duckdb
-import pyarrow as pa
 
 from collector import archive, fold, pages, paging, results
 from collector.errors import Conflict, QueryError, Unavailable
@@ -223,7 +222,7 @@ class Store:
     def _prepare(self, con: "duckdb.DuckDBPyConnection", known: str | None) -> None:
         """Tables and views where they are new, weights, then the walls: no file but the journal can be read, and
         nothing reconfigured."""
-        self.archive.prepare()
+        self.archive.prepare(con)
         if known is None:
             con.execute("BEGIN")
             self.archive.show(con)
@@ -519,6 +518,8 @@ class Store:
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
     """The engine's errors as the asker's, unless they are the engine's own fault."""
+    import pyarrow as pa
+
     try:
         yield
     except _FATAL:
