@@ -1,4 +1,5 @@
-"""The collector's process: `python -P -m collector --socket PATH --config JSON [--parent-fd N]`.
+"""The collector's process: `python -P -m collector --socket PATH --config JSON [--parent-fd N]`; where the collector is
+elsewhere (`store.collector`), what stands in for it.
 
 Serves the API on a unix socket. SIGTERM and SIGINT end it cleanly (seal, load, checkpoint, exit 0); with `--parent-fd`,
 the end of file on that pipe, which the death of the parent causes, ends it within a second.
@@ -15,12 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
-from collector import api
 from collector.errors import RatchetError
 from collector.lifeline import follow
-from collector.service import Collector
 from collector.settings import Settings
 
 _GRACE_SECONDS = 5
@@ -32,7 +31,7 @@ log = logging.getLogger("collector")
 class Server(uvicorn.Server):
     """uvicorn, which tells waiting polls that it is about to stop."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+    def __init__(self, config: uvicorn.Config, app: Starlette) -> None:
         super().__init__(config)
         self._app = app
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -61,19 +60,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = sys.stdin.read() if options.config == "-" else options.config
     settings = Settings.model_validate_json(text)
     try:
-        collector = Collector(settings)
+        app, close = _begin(settings)
     except RatchetError as error:
         log.error("%s", error.message)
         return 1
     try:
-        _serve(collector, options.socket, options.parent_fd)
+        _serve(app, options.socket, options.parent_fd)
     finally:
-        collector.close()
+        close()
     return 0
 
 
-def _serve(collector: Collector, socket: str, parent_fd: int | None) -> None:
-    app = api.create(collector)
+def _begin(settings: Settings) -> tuple[Starlette, Callable[[], None]]:
+    """The application, and how to close what is behind it. Imports what is needed: an outpost does without DuckDB."""
+    if settings.store.collector is not None:
+        from collector.outpost import Outpost
+
+        outpost = Outpost(settings)
+        return outpost.app, outpost.close
+    from collector import api
+    from collector.service import Collector
+
+    collector = Collector(settings)
+    return api.create(collector), collector.close
+
+
+def _serve(app: Starlette, socket: str, parent_fd: int | None) -> None:
     config = uvicorn.Config(
         app,
         uds=socket,

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from collector import bodies, rewards
 from collector.errors import BadInput, RatchetError
+from collector.part import Part
 from collector.readers import pooled
 from collector.results import ARROW
 from collector.service import MAX_PAGE, MAX_SAMPLE, Collector
@@ -36,8 +37,9 @@ Cursor = Annotated[str | None, Query(description="`next` of the page before")]
 
 
 def json_response(value: Any, status: int = 200) -> Response:
-    """`value` as JSON."""
-    return Response(orjson.dumps(value), status, media_type="application/json")
+    """`value` as JSON. A 503 says when to come again."""
+    headers = {"retry-after": "1"} if status == 503 else None
+    return Response(orjson.dumps(value), status, headers, media_type="application/json")
 
 
 def create(collector: Collector) -> FastAPI:
@@ -206,6 +208,14 @@ async def reward(collector: Service, request: Request) -> Response:
 async def events(collector: Service, request: Request) -> Response:
     """Job and evaluation events; answered once on disk."""
     return json_response({"accepted": await run_in_threadpool(collector.events, await _body(request))}, 202)
+
+
+@writing.put("/api/segments/{name}")
+async def segment(collector: Service, name: str, request: Request) -> Response:
+    """A part of a segment of another host's journal; answered once on disk: 200 whole, 202 more parts to come."""
+    part = Part.read(request.headers)
+    stored = await run_in_threadpool(collector.inbox.take, name, part, await request.body())
+    return json_response({"segment": name, "stored": stored}, 200 if stored else 202)
 
 
 @writing.post("/api/flush")

@@ -11,7 +11,10 @@
 Exit codes of the command line: 0 done, 1 not done (`RatchetError`), 2 bad input (`BadInput`).
 """
 
+import contextlib
 from typing import Any
+
+import orjson
 
 from collector import redact
 
@@ -74,3 +77,11 @@ class Unavailable(RatchetError):
 
     status = 503
     code = "unavailable"
+
+
+def told(body: bytes) -> tuple[str, str | None]:
+    """Message and code of an envelope; ("", None) where the body is none."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        error = orjson.loads(body)["error"]
+        return str(error["message"]), error.get("code")
+    return "", None

@@ -9,7 +9,8 @@ from collector import archive, journal
 from collector.client import Client
 from collector.errors import Unavailable
 from collector.loader import QUARANTINE, Loader, kind, sift
-from collector.service import DATABASE, DirectoryLock
+from collector.lock import DirectoryLock
+from collector.service import DATABASE
 from collector.settings import Settings
 from collector.store import Store
 

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import threading
@@ -13,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -35,14 +33,15 @@ from collector import (
 )
 from collector import discover as discovery
 from collector.errors import BadInput, Conflict, NotFound, Unavailable
+from collector.inbox import Inbox
 from collector.keeper import Keeper
 from collector.loader import Loader
+from collector.lock import DirectoryLock
 from collector.model import Version
 from collector.readers import Readers
 from collector.settings import Settings
 from collector.store import Store
 
-LOCK_FILE = "collector.lock"
 DATABASE = "ratchet.duckdb"
 
 SNAPSHOT = "deployments.json"
@@ -56,25 +55,6 @@ _FLUSH_SECONDS = 5.0
 _ENGINES_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
-
-
-class DirectoryLock:
-    """One collector per data directory; held until `release` or the end of the process."""
-
-    def __init__(self, data_dir: Path) -> None:
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._fd = os.open(data_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._fd)
-            raise Conflict(
-                f"a server is using {data_dir}; stop it, or ask it with --url", code="store_in_use"
-            ) from None
-
-    def release(self) -> None:
-        """Let the next one in."""
-        os.close(self._fd)
 
 
 class Collector:
@@ -101,6 +81,7 @@ class Collector:
             self.store = Store(self.data_dir / DATABASE, directory, settings.store, settings.rewards.weights)
             undo.callback(self.store.close)
             self.loader = Loader(self.store, directory)
+            self.inbox = Inbox(directory, self.loader)
             self.keeper = Keeper(self.store, self.loader, self._loading, settings.store, directory)
             self.readers = Readers()
             undo.callback(self.readers.close)
@@ -551,6 +532,7 @@ class Collector:
             "loader": asdict(self.loader.counters),
             "engines": self._engines.state(),
             "otlp": None if self._otlp is None else self._otlp.stats(),
+            "inbox": self.inbox.stats(),
         }
 
 

@@ -211,12 +211,21 @@ class Storage(Section):
     """Where the journal and the projection live, and how long what is in them."""
 
     data_dir: Path = Path("data")
+    collector: str | None = None  # the URL of another host's server: this one has no store, and sends its journal there
+    collector_key: str | None = None
     archive_after: int | None = Field(default=2, ge=1)  # days
     retention: int | None = Field(default=None, ge=1)  # days
     memory_limit_mb: int = Field(default=1024, ge=64)
     query_timeout: float = Field(default=30, gt=0)
     max_answer_mb: float = Field(default=16, gt=0)
     redaction: Redaction = Redaction()
+
+    @field_validator("collector")
+    @classmethod
+    def _http(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        return None if url is None else url.rstrip("/").removesuffix("/v1")
 
 
 class OtlpOut(Section):

@@ -54,6 +54,7 @@ def announce(settings: "Settings", url: str) -> None:
         "OPENAI_BASE_URL": f"{url}/v1",
         "upstream": without_credentials(settings.upstream.default),
         "data": str(settings.store.data_dir.resolve()),
+        **({"collector": without_credentials(settings.store.collector)} if settings.store.collector else {}),
         "keys": f"on ({keys} configured)" if keys else "on" if made else "off (this machine only)",
         "workers": str(settings.server.workers),
     }

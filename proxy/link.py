@@ -8,7 +8,7 @@ import aiohttp
 import orjson
 from yarl import URL
 
-from collector.errors import Unavailable
+from collector.errors import Unavailable, told
 
 BASE = "http://collector"
 GRACE = 5.0  # seconds that a long poll's answer may come late
@@ -61,6 +61,11 @@ class Link:
         found: dict[str, Any] = await self._read("/api/stats", patience)
         return found
 
+    async def shipper(self, patience: float = 1.0) -> dict[str, Any]:
+        """What was sent to the collector, where that is on another host."""
+        found: dict[str, Any] = await self._read("/shipper", patience)
+        return found
+
     async def _read(self, path: str, patience: float, missing: Any = ...) -> Any:
         try:
             limit = aiohttp.ClientTimeout(total=patience)
@@ -71,7 +76,7 @@ class Link:
         if response.status == 404 and missing is not ...:
             return missing
         if response.status != 200:
-            raise Unavailable(f"the collector answered {response.status} to {path.partition('?')[0]}")
+            raise Unavailable(told(body)[0] or f"the collector answered {response.status} to {path.partition('?')[0]}")
         try:
             return orjson.loads(body)
         except orjson.JSONDecodeError as error:

@@ -132,7 +132,8 @@ async def serve(spec: Spec, ready: Any) -> None:
         server = Server(_config(app, context))
         server.patience = settings.server.slow_client_timeout
         _obey(server, context, spec.alive_fd, spec.runtime)
-        await _first_deployments(versions, server, PATIENCE[spec.first])
+        # A collector elsewhere does not start along with this server: if it is not there now, it is away.
+        await _first_deployments(versions, server, PATIENCE[spec.first and settings.store.collector is None])
         watching = asyncio.create_task(versions.watch())
         _settle_memory()
         ready()

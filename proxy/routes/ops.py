@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
+from collector import backlog
 from collector.errors import RatchetError
+from collector.journal import FOLDER
 from collector.settings import without_credentials
 from proxy.files import write_atomically
 from proxy.metrics import REGISTRY
@@ -89,6 +92,27 @@ class Stored(Collector):
         )
 
 
+class Sent(Collector):
+    """What waits on this host for a collector elsewhere; and what was sent there, while the sender answers."""
+
+    def __init__(self, waiting: backlog.Backlog, sent: Mapping[str, Any] | None) -> None:
+        self._waiting = waiting
+        self._sent = sent
+
+    def collect(self) -> Iterator[Metric]:
+        """The backlog by segments, bytes and age; segments and bytes sent, and failures."""
+        waiting = self._waiting
+        yield GaugeMetricFamily("ratchet_shipper_backlog_segments", "Sealed segments to be sent", waiting.segments)
+        yield GaugeMetricFamily("ratchet_shipper_backlog_bytes", "Bytes of the segments to be sent", waiting.bytes)
+        yield GaugeMetricFamily("ratchet_shipper_lag_seconds", "Age of the oldest segment to be sent", waiting.lag_s)
+        yield GaugeMetricFamily("ratchet_shipper_refused_segments", "Segments set aside for good", waiting.refused)
+        if self._sent is not None:
+            yield CounterMetricFamily("ratchet_shipper_segments", "Segments sent", self._sent["segments"])
+            yield CounterMetricFamily("ratchet_shipper_bytes", "Bytes sent, before packing", self._sent["bytes"])
+            yield CounterMetricFamily("ratchet_shipper_packed_bytes", "Bytes sent, packed", self._sent["packed"])
+            yield CounterMetricFamily("ratchet_shipper_failures", "Attempts to be repeated", self._sent["failures"])
+
+
 def endpoint(context: Context, handler: Handler) -> Endpoint:
     """The handler as an endpoint that needs no key."""
 
@@ -106,6 +130,8 @@ async def healthz(context: Context, _request: Request) -> Response:
     if not context.journal.healthy:
         problems.append(f"the journal cannot be written: {context.journal.last_error}")
     body = {"status": "unhealthy" if problems else "ok", "problems": problems, "journal": context.journal.counters}
+    if context.settings.store.collector is not None:
+        body["backlog"] = asdict(await _backlog(context))
     return json_response(body, 503 if problems else 200)
 
 
@@ -130,11 +156,19 @@ async def readyz(context: Context, _request: Request) -> Response:
 
 async def metrics(context: Context, _request: Request) -> Response:
     """Prometheus text with the counts of all workers, at most about a second old."""
-    stats: dict[str, Any] | None = None
+    far = context.settings.store.collector is not None
+    told: dict[str, Any] | None = None
     with contextlib.suppress(RatchetError, TimeoutError):
         async with asyncio.timeout(_STATS_SECONDS):
-            stats = await context.link.stats()
-    return Response(await run_in_threadpool(_exposition, context, stats), media_type=TEXT)
+            told = await (context.link.shipper() if far else context.link.stats())
+    more: Collector | None = None if told is None else Stored(told)
+    if far:  # the store's own numbers are the collector's to tell
+        more = Sent(await _backlog(context), told)
+    return Response(await run_in_threadpool(_exposition, context, more), media_type=TEXT)
+
+
+async def _backlog(context: Context) -> backlog.Backlog:
+    return await run_in_threadpool(backlog.measure, context.settings.store.data_dir / FOLDER)
 
 
 def publish(context: Context) -> None:
@@ -159,15 +193,15 @@ def merge(texts: Iterable[bytes]) -> bytes:
     return "".join(head + "".join(samples) for head, samples in families.items()).encode()
 
 
-def _exposition(context: Context, stats: Mapping[str, Any] | None) -> bytes:
+def _exposition(context: Context, more: Collector | None) -> bytes:
     texts = [labelled(context.index)]
     for index in set(range(context.settings.server.workers)) - {context.index}:
         with contextlib.suppress(OSError):
             texts.append((context.runtime / f"worker{index}.prom").read_bytes())
     others = CollectorRegistry()
     others.register(Restarts(context.runtime / "state.json"))
-    if stats is not None:
-        others.register(Stored(stats))
+    if more is not None:
+        others.register(more)
     return merge(texts) + generate_latest(others)
 
 
