@@ -39,8 +39,8 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(data_dir: Path, upstream: str, *flags: str, config: Path | None = None) -> Iterator[Served]:
-    """Start `ratchet serve` in front of `upstream` and wait until it answers."""
+def served(data_dir: Path, upstream: str, *flags: str, config: Path | None = None, **environ: str) -> Iterator[Served]:
+    """Start `ratchet serve` in front of `upstream` and wait until it answers. `environ` is added to its environment."""
     data_dir.mkdir(parents=True, exist_ok=True)
     log = data_dir.parent / f"{data_dir.name}.log"
     command = [*RATCHET, "serve", "--port", "0", "--data-dir", str(data_dir), "--upstream", upstream, *flags]
@@ -49,7 +49,7 @@ def served(data_dir: Path, upstream: str, *flags: str, config: Path | None = Non
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "RATCHET_"))}
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, env=environment
+            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, env={**environment, **environ}
         )
     running: Served | None = None
     try:

@@ -1,6 +1,9 @@
 """The processes of a running server, found by who started whom."""
 
+import contextlib
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,3 +43,13 @@ def until(condition: Callable[[], object], seconds: float, what: str) -> float:
         assert time.monotonic() - begun < seconds, f"not within {seconds} s: {what}"
         time.sleep(0.01)
     return time.monotonic() - begun
+
+
+def kill_all(server: "subprocess.Popen[bytes]") -> None:
+    """kill -9 of a server and its children; returns when all have ended, and so let go of what they held."""
+    family = [server.pid, *children(server.pid)]
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    server.wait(10)
+    until(lambda: not any(parent(pid) for pid in family), 20, "all have ended")

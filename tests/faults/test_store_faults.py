@@ -1,8 +1,7 @@
 """A full disk, a torn tail, a corrupted write-ahead log, a clock that jumps: what a running server makes of them."""
 
-import os
+import contextlib
 import resource
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from collector.journal import encode
 from tests.fake_upstream import FakeUpstream, chat
-from tests.faults import processes
+from tests.faults import figures, processes
 from tests.served import Served, served
 from tests.unit.collector.days import write_day
 from tests.unit.collector.rows import call
@@ -31,45 +30,71 @@ def ask(server: Served, episode: str) -> str:
     return answer.headers["x-ratchet-span"]
 
 
-def stored(server: Served) -> list[str]:
+def stored(server: Served, key: str = "span_id", table: str = "spans") -> list[str]:
     server.client.flush()
-    return [row[0] for row in server.client.query("SELECT span_id FROM spans ORDER BY 1", 100_000)["rows"]]
+    return [row[0] for row in server.client.query(f"SELECT {key} FROM {table} ORDER BY 1", 100_000)["rows"]]
 
 
-def kill_all(server: Served) -> None:
-    children = processes.children(server.process.pid)
-    for pid in (server.process.pid, *children):
-        os.kill(pid, signal.SIGKILL)
-    server.process.wait(10)
-    processes.until(lambda: not any(processes.parent(pid) for pid in children), 10, "all have ended")
-
-
-def test_a_full_disk_is_served_through_counted_and_red(tmp_path: Path, upstream: FakeUpstream) -> None:
-    """A limit on the size of files stands for the disk: the kernel refuses to write, as it would there."""
+@pytest.mark.parametrize("room", [0, 50])
+def test_a_full_disk_is_served_through_counted_and_red(tmp_path: Path, upstream: FakeUpstream, room: int) -> None:
+    """A limit on the size of files stands for the disk: the kernel refuses to write, at once or in mid-line."""
     with served(tmp_path / "data", upstream.url) as server:
         before = [ask(server, "before") for _ in range(5)]
         (worker,) = processes.find(server.process.pid, "proxy.worker")
-        unlimited = resource.prlimit(worker, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        unlimited = resource.prlimit(worker, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
         for _ in range(5):
             ask(server, "during")
         health = httpx.get(f"{server.url}/healthz")
         assert health.status_code == 503
-        assert health.json()["journal"]["dropped"] == 5
-        assert httpx.post(f"{server.url}/reward", json={"episode_id": "before", "value": 1}).status_code in (202, 503)
+        dropped = health.json()["journal"]["dropped"]
+        assert dropped == 5
+        reward = httpx.post(f"{server.url}/reward", json={"episode_id": "before", "value": 1})
+        assert reward.status_code in (202, 503)
+        taken = [reward.json()["reward_id"]] if reward.status_code == 202 else []
         resource.prlimit(worker, resource.RLIMIT_FSIZE, unlimited)
         after = [ask(server, "after") for _ in range(5)]
         processes.until(lambda: httpx.get(f"{server.url}/healthz").status_code == 200, 10, "healthy again")
-        assert stored(server) == sorted(before + after)
+        found = stored(server)
+        spans = figures.account(f"disk_full_{room}", before + after, found, served=15, counted_as_dropped=dropped)
+        assert (spans.lost, spans.doubled) == (0, 0)
+        assert stored(server, "reward_id", "rewards") == taken
+        assert found == sorted(before + after)
         text = httpx.get(f"{server.url}/metrics").text
         assert [line for line in text.splitlines() if "ratchet_journal_lines_total" in line and "dropped" in line]
-        print("\ndisk full: 5 of 5 calls served, 5 counted as dropped, health red, then green; 10 of 10 others stored")
+
+
+def test_a_full_disk_under_the_collector_costs_nothing_once_there_is_room(
+    tmp_path: Path, upstream: FakeUpstream
+) -> None:
+    """Calls are answered and journalled all the while; what could not be loaded is, when it can."""
+    with served(tmp_path / "data", upstream.url) as server:
+        before = [ask(server, "before") for _ in range(5)]
+        assert stored(server) == sorted(before)
+        (collector,) = processes.find(server.process.pid, "collector")
+        unlimited = resource.prlimit(collector, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        during = [ask(server, "during") for _ in range(20)]
+        processes.until(lambda: loader(server)["errors"], 20, "the loader has met the limit")
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+        for pid in {collector, *processes.find(server.process.pid, "collector")}:
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+        after = [ask(server, "after") for _ in range(5)]
+        everything = before + during + after
+        processes.until(lambda: len(stored(server)) >= len(everything), 30, "everything is loaded")
+        figure = figures.account("disk_full_collector", everything, stored(server), errors=loader(server)["errors"])
+        assert (figure.lost, figure.doubled) == (0, 0)
+
+
+def loader(server: Served) -> dict[str, int]:
+    counters: dict[str, int] = server.client.stats()["loader"]
+    return counters
 
 
 def test_a_torn_tail_is_trimmed_and_a_corrupt_line_set_aside(tmp_path: Path, upstream: FakeUpstream) -> None:
     data_dir = tmp_path / "data"
     with served(data_dir, upstream.url) as server:
         spans = [ask(server, "torn") for _ in range(10)]
-        kill_all(server)
+        processes.kill_all(server.process)
     segments = [path for path in (data_dir / "journal").iterdir() if path.is_file()]
     latest = max(segments, key=lambda path: (path.suffix == ".open", path.stat().st_mtime))
     with latest.open("ab") as file:
@@ -78,10 +103,10 @@ def test_a_torn_tail_is_trimmed_and_a_corrupt_line_set_aside(tmp_path: Path, ups
     line = encode("span", call(2))
     orphan.write_bytes(line.replace(b"question", b"quastion") + encode("span", call(3)) + line[:40])
     with served(data_dir, upstream.url) as server:
-        assert stored(server) == sorted([*spans, f"{3:016x}"])
-        stats = server.client.stats()
+        stats, found = server.client.stats(), stored(server)
+        figures.account("torn_tail", [*spans, f"{3:016x}"], found, kills=1, quarantined=stats["quarantined"])
+        assert found == sorted([*spans, f"{3:016x}"])
         assert stats["quarantined"] in (1, 2)
-        print(f"\ntorn tail: 10 of 10 acknowledged spans, {stats['quarantined']} lines in quarantine, the rest loaded")
 
 
 def test_a_corrupted_log_of_the_database_costs_a_rebuild_and_nothing_else(
@@ -96,7 +121,7 @@ def test_a_corrupted_log_of_the_database_costs_a_rebuild_and_nothing_else(
         write_day(data_dir, 2, *(call(0, span_id=f"{9:08x}{index:08x}") for index in range(200)))
         before = stored(server)
         assert len(before) == 810
-        kill_all(server)
+        processes.kill_all(server.process)
     log = data_dir / "ratchet.duckdb.wal"
     damaged = log if log.exists() else data_dir / "ratchet.duckdb"
     with damaged.open("r+b") as file:
@@ -104,10 +129,11 @@ def test_a_corrupted_log_of_the_database_costs_a_rebuild_and_nothing_else(
         file.write(b"\0" * 4096)
     began = time.monotonic()
     with served(data_dir, upstream.url) as server:
-        assert stored(server) == before
+        found = stored(server)
+        took = round(time.monotonic() - began, 1)
+        figures.account("corrupted_wal", before, found, kills=1, overwritten=damaged.name, seconds_to_rebuild=took)
+        assert found == before
         assert set(spans) <= set(before)
-        took = time.monotonic() - began
-        print(f"\n{damaged.name} overwritten: 810 of 810 spans, 600 from the archive, {took:.1f} s after the start")
         assert "moved aside" in server.log.read_text() or not list(data_dir.glob("*.corrupt-*"))
 
 
@@ -125,5 +151,5 @@ def test_a_clock_that_jumps_loses_and_doubles_nothing(tmp_path: Path, upstream: 
         assert len(stored(server)) == 8
     with served(data_dir, upstream.url) as server:
         assert len(stored(server)) == 8
-        assert server.client.stats()["loader"]["lag_s"] == 0
-    print("\nclock jumps of years both ways: 8 of 8 spans, once")
+        assert loader(server)["lag_s"] == 0
+        figures.account("clocks_years_apart", [*spans, f"{1:016x}", f"{2:016x}"], stored(server))
