@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from collector.settings import OtlpOut
 
 if TYPE_CHECKING:
     from collector.otlp_sender import Sender
+    from collector.store import Store
 
 FOLDER = "export"
 _TICK_SECONDS = 0.5
@@ -28,17 +29,6 @@ _BATCH_ROWS = 256
 _BATCH_BYTES = 4 << 20
 
 log = logging.getLogger(__name__)
-
-_PLACED = """
-SELECT span_id, episode_id FROM spans WHERE span_id IN (SELECT unnest($ids))
-"""
-_TARGETS = """
-SELECT span_id, trace_id, episode_id, response_id, start_ns FROM spans
-WHERE span_id IN (SELECT unnest($ids)) OR response_id IN (SELECT unnest($ids)) OR trace_id IN (SELECT unnest($ids))
-  OR episode_id IN (SELECT unnest($ids)) ORDER BY start_ns, span_id
-"""
-Rows = Callable[[str, Mapping[str, Any]], list[dict[str, Any]]]
-Ask = Callable[[Callable[[Rows], Any]], Any]
 
 
 class Unsent(RatchetError):
@@ -54,13 +44,13 @@ class Refused(RatchetError):
     code = "refused"
 
 
-def begin(settings: OtlpOut, data_dir: Path, ask: Ask, is_loaded: Callable[[str], bool]) -> "Exporter | None":
+def begin(settings: OtlpOut, data_dir: Path, store: "Store", is_loaded: Callable[[str], bool]) -> "Exporter | None":
     """The exporter of a configuration, not yet started; None where nothing is to be sent."""
     if settings.endpoint is None:
         return None
     from collector.otlp_sender import Sender  # OpenTelemetry's SDK: only who sends waits for it
 
-    return Exporter(Sender(settings), data_dir, settings.endpoint, ask, is_loaded)
+    return Exporter(Sender(settings), data_dir, settings.endpoint, store, is_loaded)
 
 
 @dataclass
@@ -78,15 +68,15 @@ class Counters:
 
 
 class Exporter:
-    """The thread. `ask` runs reads of the store, `is_loaded` says whether a segment is in it."""
+    """The thread. `store` says where rows belong, `is_loaded` whether a segment is in it."""
 
     def __init__(
-        self, sender: "Sender", data_dir: Path, endpoint: str, ask: Ask, is_loaded: Callable[[str], bool]
+        self, sender: "Sender", data_dir: Path, endpoint: str, store: "Store", is_loaded: Callable[[str], bool]
     ) -> None:
         self.counters = Counters()
         self._sender = sender
         self._journal = data_dir / journal.FOLDER
-        self._ask = ask
+        self._store = store
         self._is_loaded = is_loaded
         self._done = Done(data_dir / FOLDER / f"otlp-{hashlib.sha256(endpoint.encode()).hexdigest()[:12]}.done")
         self._seen: set[str] = set()
@@ -181,7 +171,7 @@ class Exporter:
         own = [row["span_id"] for row in spans if row["event"] == "otlp"]
         if not own:
             return spans
-        placed = {row["span_id"]: row["episode_id"] for row in self._ask(lambda rows: rows(_PLACED, {"ids": own}))}
+        placed = self._store.placed(own)
         kept = []
         for row in spans:
             if row["event"] != "otlp":
@@ -194,7 +184,7 @@ class Exporter:
         """Rewards with the span and the trace that they belong to, where these are known yet: of an episode or a
         trace, its first span."""
         ids = [row["target_id"] for row in rewards]
-        found = self._ask(lambda rows: rows(_TARGETS, {"ids": ids}))
+        found = self._store.targets(ids)
         by_target: dict[tuple[str, str], dict[str, Any]] = {}
         for row in found:
             for target in ("span", "trace", "episode", "response"):

@@ -96,7 +96,7 @@ class Collector:
         self._undo.callback(self._engines.close)
         if background and settings.engines:
             threading.Thread(target=self._keep_engines, name="engines", daemon=True).start()
-        self._otlp = otlp_out.begin(settings.export.otlp, self.data_dir, self.store.reading, self.loader.is_loaded)
+        self._otlp = otlp_out.begin(settings.export.otlp, self.data_dir, self.store, self.loader.is_loaded)
         if self._otlp is not None and background:
             self._undo.callback(self._otlp.close)
             self._otlp.start()

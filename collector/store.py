@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import duckdb
 
-from collector import archive, fold, pages, paging, results
+from collector import archive, fold, lookup, pages, paging, results
 from collector.errors import Conflict, QueryError, Unavailable
 from collector.inserts import Segment, insert
 from collector.readonly import one_select
@@ -455,6 +455,22 @@ class Store:
         with self._snapshot() as cursor:
             found = {name: cursor.execute(statement).fetchall()[0] for name, statement in _COUNTS.items()}
         return {name: (count, int(digest or 0)) for name, (count, digest) in found.items()}
+
+    def whole(self, ids: Sequence[str]) -> tuple[lookup.Found, lookup.Found, lookup.Found]:
+        """See `lookup`; so for the next three."""
+        return self.reading(lambda rows: lookup.whole(rows, ids))
+
+    def known(self, spans: Sequence[str], rewards: Sequence[str]) -> tuple[set[str], set[str]]:
+        """Which of these spans and rewards are there."""
+        return self.reading(lambda rows: lookup.known(rows, spans, rewards))
+
+    def placed(self, spans: Sequence[str]) -> dict[str, str]:
+        """The episodes of spans."""
+        return self.reading(lambda rows: lookup.placed(rows, spans))
+
+    def targets(self, ids: Sequence[str]) -> lookup.Found:
+        """Spans by any of their ids."""
+        return self.reading(lambda rows: lookup.targets(rows, ids))
 
     def reading(self, ask: Callable[[pages.Rows], R]) -> R:
         """What `ask` reads by several statements, all of one state of the store."""
