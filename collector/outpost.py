@@ -27,6 +27,7 @@ from collector.lock import DirectoryLock
 from collector.settings import Settings, without_credentials
 from collector.shipper import Shipper, host_id, refusal
 
+AWAY, REFUSED = "collector_away", "collector_refused"  # codes of what is answered in the collector's place
 _FLUSH_SECONDS = 5.0
 _DRAIN_SECONDS = 15.0
 _HOP = frozenset(("connection", "keep-alive", "te", "trailer", "upgrade", "transfer-encoding", "proxy-connection"))
@@ -111,7 +112,10 @@ class Outpost:
         """Sends what was written before, then has the collector load it."""
         left = await self.shipper.flush(_FLUSH_SECONDS)
         async with self.ask("POST", "/api/flush", b"", {}) as response:
-            found = orjson.loads(await response.read())
+            body = await response.read()
+        if response.status != 200:
+            return Response(body, response.status, media_type="application/json")
+        found = orjson.loads(body)
         return _json({**found, "pending": found["pending"] + left})
 
     @contextlib.asynccontextmanager
@@ -125,13 +129,13 @@ class Outpost:
             ) as response:
                 if response.status in (401, 403):
                     message, _ = told(await response.read())
-                    raise Unavailable(refusal(message), code="collector_refused")
+                    raise Unavailable(refusal(message), code=REFUSED)
                 yield response
         except _FAILURES as error:
             raise Unavailable(
                 f"the collector at {self.shown} does not answer; calls and rewards are still taken here, this request "
                 f"was not: try again ({type(error).__name__})",
-                code="collector_unavailable",
+                code=AWAY,
             ) from error
 
 

@@ -76,7 +76,9 @@ class Link:
         if response.status == 404 and missing is not ...:
             return missing
         if response.status != 200:
-            raise Unavailable(told(body)[0] or f"the collector answered {response.status} to {path.partition('?')[0]}")
+            message, code = told(body)
+            about = f"the collector answered {response.status} to {path.partition('?')[0]}"
+            raise Unavailable(message or about, code=code)
         try:
             return orjson.loads(body)
         except orjson.JSONDecodeError as error:

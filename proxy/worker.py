@@ -43,6 +43,7 @@ ORPHANED = 0.5  # seconds to end in after the supervisor's death, whatever is ru
 KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, so that none is closed under a request
 GARBAGE = 10_000  # containers that may be made before cycles among them are looked for
 CANCEL = 2.0  # seconds that cancelled calls get to write their record
+ELSEWHERE = ("collector_away", "collector_refused")  # an outpost's word: the collector is not starting along with us
 PATIENCE = {True: 15.0, False: 1.0}  # seconds to wait for the first deployments: at the server's start, at a restart
 
 
@@ -132,8 +133,7 @@ async def serve(spec: Spec, ready: Any) -> None:
         server = Server(_config(app, context))
         server.patience = settings.server.slow_client_timeout
         _obey(server, context, spec.alive_fd, spec.runtime)
-        # A collector elsewhere does not start along with this server: if it is not there now, it is away.
-        await _first_deployments(versions, server, PATIENCE[spec.first and settings.store.collector is None])
+        await _first_deployments(versions, server, PATIENCE[spec.first])
         watching = asyncio.create_task(versions.watch())
         _settle_memory()
         ready()
@@ -246,7 +246,7 @@ async def _first_deployments(versions: "Versions", server: Server, patience: flo
         except RatchetError as error:
             if server.should_exit:
                 return
-            if time.monotonic() < deadline:
+            if time.monotonic() < deadline and error.code not in ELSEWHERE:
                 await asyncio.sleep(0.05)
                 continue
             revision = versions.current.revision
