@@ -14,18 +14,18 @@ _DAY_NS = 86_400 * 1_000_000_000
 # Spans and rewards carry the batch and the day that brought them; see schema.sql.
 _INSERTS: dict[str, tuple[str, ...]] = {
     "span": (
-        "INSERT INTO spans BY NAME SELECT *, $batch AS batch, $day AS day FROM journal_spans($files, $size)",
-        "INSERT INTO payloads BY NAME SELECT *, $day AS day FROM journal_payloads($files, $size)",
+        "INSERT INTO spans BY NAME SELECT *, $batch AS batch, $day AS day FROM journal_calls($files, $size, 'span')",
+        "INSERT INTO payloads BY NAME SELECT *, $day AS day FROM journal_payloads($files, $size, 'span')",
     ),
     # Exporters send again what they had no answer for: known by the span's id. Payloads first, by what `spans` lacks.
     "otlp": (
         """INSERT INTO payloads BY NAME
-        SELECT *, $day AS day FROM journal_otlp_payloads($files, $size) AS new
+        SELECT *, $day AS day FROM journal_payloads($files, $size, 'otlp') AS new
         WHERE NOT EXISTS (SELECT 1 FROM spans AS old WHERE old.span_id = new.span_id)
           AND NOT EXISTS (SELECT 1 FROM echoes AS old WHERE old.span_id = new.span_id)
         QUALIFY row_number() OVER (PARTITION BY span_id ORDER BY start_ns, hash(new)) = 1""",
         """INSERT INTO spans BY NAME
-        SELECT *, $batch AS batch, $day AS day FROM journal_otlp($files, $size) AS new
+        SELECT *, $batch AS batch, $day AS day FROM journal_calls($files, $size, 'otlp') AS new
         WHERE NOT EXISTS (SELECT 1 FROM spans AS old WHERE old.span_id = new.span_id)
           AND NOT EXISTS (SELECT 1 FROM echoes AS old WHERE old.span_id = new.span_id)
         QUALIFY row_number() OVER (PARTITION BY span_id ORDER BY start_ns, hash(new)) = 1""",

@@ -11,7 +11,15 @@ from collector import rewards
 
 Rows = Callable[[str, Mapping[str, Any]], list[dict[str, Any]]]
 
-# Where a page can end at the earliest: the engine then skips whatever is older.
+# Where a page can end at the earliest: the engine then skips whatever is older. The rows that were written last will do
+# where they hold enough for a page, since any such number of rows is a bound; else it takes a pass over the times.
+_SINCE_AMONG_LAST = """
+SELECT min(start_ns) AS since, count(*) AS found FROM (SELECT start_ns FROM episodes
+  WHERE rowid > (SELECT max(rowid) FROM episodes) - 2048
+    AND start_ns <= $before_ns AND (start_ns < $before_ns OR episode_id < $before_id)
+    AND ($status::VARCHAR IS NULL OR (errors > 0) = ($status <> 'ok'))
+  ORDER BY start_ns DESC LIMIT $limit)
+"""
 EPISODES_SINCE = """
 SELECT min(start_ns) AS since FROM (SELECT start_ns FROM episodes
   WHERE start_ns <= $before_ns AND (start_ns < $before_ns OR episode_id < $before_id)
@@ -25,6 +33,24 @@ FROM episodes WHERE start_ns BETWEEN $since AND $before_ns AND (start_ns < $befo
   AND ($status::VARCHAR IS NULL OR (errors > 0) = ($status <> 'ok'))
 ORDER BY start_ns DESC, episode_id DESC LIMIT $limit
 """
+
+# With calls of a slot or a version: of the newest episodes where those fill a page, else of all.
+_NEWEST = """
+SELECT min(start_ns) AS since, max(end_ns) AS until FROM (SELECT start_ns, end_ns FROM episodes
+  WHERE start_ns <= $before_ns ORDER BY start_ns DESC LIMIT 1000)
+"""
+_EPISODES_OF = """
+SELECT * EXCLUDE (prompt_ns, prompt, fold), prompt.slot AS prompt_slot, prompt.version AS prompt_version,
+  prompt.candidate AS prompt_candidate
+FROM episodes WHERE start_ns BETWEEN $since AND $before_ns AND (start_ns < $before_ns OR episode_id < $before_id)
+  AND ($status::VARCHAR IS NULL OR (errors > 0) = ($status <> 'ok'))
+  AND episode_id IN (SELECT episode_id FROM spans WHERE start_ns BETWEEN $since AND $until
+    AND ($slot::VARCHAR IS NULL OR prompt_slot = $slot OR adapter_slot = $slot)
+    AND ($version::INTEGER IS NULL OR (($slot IS NULL OR prompt_slot = $slot) AND prompt_version = $version)
+      OR (($slot IS NULL OR adapter_slot = $slot) AND adapter_version = $version)))
+ORDER BY start_ns DESC, episode_id DESC LIMIT $limit
+"""
+_EVER = {"since": -(1 << 63), "until": (1 << 63) - 1}
 
 EPISODES_WHERE = """
 SELECT * FROM episodes_v WHERE start_ns <= $before_ns AND (start_ns < $before_ns OR episode_id < $before_id)
@@ -53,13 +79,15 @@ ORDER BY start_ns DESC, span_id DESC LIMIT $limit
 _OWN = """
 SELECT span_id, trace_id, response_id, episode_id, span_id AS of FROM spans
 WHERE start_ns BETWEEN $since AND $until AND episode_id IN (SELECT unnest($ids))
-UNION ALL
-SELECT e.span_id, e.trace_id, NULL, s.episode_id, s.span_id FROM echoes AS e JOIN spans AS s ON s.span_id = e.echo_of
+"""
+ANY_ECHO = "SELECT 1 FROM echoes LIMIT 1"
+_OWN_ECHOES = """
+SELECT e.span_id, e.trace_id, NULL AS response_id, s.episode_id, s.span_id AS of FROM echoes AS e JOIN spans AS s ON s.span_id = e.echo_of
 WHERE s.start_ns BETWEEN $since AND $until AND s.episode_id IN (SELECT unnest($ids))
 """
 _REWARDS = """
 SELECT * EXCLUDE (day, target_key) FROM rewards
-WHERE target_key IN (SELECT key_of(unnest($targets))) AND list_contains($targets, target_id)
+WHERE target_key IN (SELECT key_of(unnest($targets)))
 """
 _LATEST_RESPONSE = """
 SELECT response_id AS target_id, episode_id, span_id FROM spans
@@ -79,12 +107,13 @@ SELECT trace_id AS target_id, episode_id, NULL AS span_id FROM (
 
 def judged(rows: Rows, ids: Sequence[str], since: int, until: int) -> list[dict[str, Any]]:
     """The rewards of some episodes as `rewards_v` has them; their spans began from `since` to `until` (ns)."""
-    own = rows(_OWN, {"ids": list(ids), "since": since, "until": until})
+    where = {"ids": list(ids), "since": since, "until": until}
+    own = rows(_OWN, where) + (rows(_OWN_ECHOES, where) if rows(ANY_ECHO, {}) else [])
     spans = {row["span_id"]: (row["episode_id"], row["of"]) for row in own}
     responses = {row["response_id"] for row in own}
     traces = {row["trace_id"] for row in own}
     targets = {*ids, *spans, *responses, *traces} - {None}
-    found = rows(_REWARDS, {"targets": list(targets)})
+    found = [one for one in rows(_REWARDS, {"targets": list(targets)}) if one["target_id"] in targets]
     latest = {
         "response": _latest(rows, _LATEST_RESPONSE, "response", found, since),
         "trace": _latest(rows, _LATEST_TRACE, "trace", found, since),
@@ -112,10 +141,23 @@ def _latest(
 
 def episodes(rows: Rows, where: Mapping[str, Any], weights: Mapping[str, float]) -> list[dict[str, Any]]:
     """A page of episodes by time and status. `where`: before_ns, before_id, status, limit."""
-    (first,) = rows(EPISODES_SINCE, where)
+    (first,) = rows(_SINCE_AMONG_LAST, where)
+    if first["found"] < where["limit"]:
+        (first,) = rows(EPISODES_SINCE, where)
     if first["since"] is None:
         return []
-    return with_rewards(rows, rows(EPISODES, {**where, **first}), weights)
+    return with_rewards(rows, rows(EPISODES, {**where, "since": first["since"]}), weights)
+
+
+def episodes_of(rows: Rows, where: Mapping[str, Any], weights: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The same of the episodes with a call of a slot, a version or both. `where`: `slot` and `version`, too."""
+    (newest,) = rows(_NEWEST, {"before_ns": where["before_ns"]})
+    if newest["since"] is None:
+        return []
+    page = rows(_EPISODES_OF, {**where, **newest})
+    if len(page) < where["limit"]:
+        page = rows(_EPISODES_OF, {**where, **_EVER})
+    return with_rewards(rows, page, weights)
 
 
 def with_rewards(rows: Rows, episodes: list[dict[str, Any]], weights: Mapping[str, float]) -> list[dict[str, Any]]:

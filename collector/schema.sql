@@ -102,20 +102,8 @@ CREATE OR REPLACE MACRO key_of(identifier) AS hash(identifier);
 
 -- Journal segments as rows: files is a list of paths, size the longest line that may occur
 
-CREATE OR REPLACE MACRO journal_spans(files, size) AS TABLE
-SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
-  event: 'VARCHAR', span_id: 'VARCHAR', trace_id: 'VARCHAR', parent_span_id: 'VARCHAR', episode_id: 'VARCHAR',
-  episode_source: 'VARCHAR', source: 'VARCHAR', operation: 'VARCHAR', route: 'VARCHAR', start_ns: 'BIGINT',
-  end_ns: 'BIGINT', ttft_ms: 'DOUBLE', attempts: 'INTEGER', status: 'VARCHAR', http_status: 'INTEGER',
-  error_type: 'VARCHAR', provider: 'VARCHAR', request_model: 'VARCHAR', response_model: 'VARCHAR',
-  response_id: 'VARCHAR', finish_reason: 'VARCHAR', stream: 'BOOLEAN', temperature: 'DOUBLE', top_p: 'DOUBLE',
-  max_tokens: 'BIGINT', seed: 'BIGINT', input_tokens: 'BIGINT', output_tokens: 'BIGINT', cached_tokens: 'BIGINT',
-  cost_usd: 'DOUBLE', prompt_slot: 'VARCHAR', prompt_version: 'INTEGER', prompt_candidate: 'VARCHAR',
-  adapter_slot: 'VARCHAR', adapter_version: 'INTEGER', propensity: 'DOUBLE', request_bytes: 'BIGINT',
-  response_bytes: 'BIGINT'
-}) WHERE event = 'span';
-
-CREATE OR REPLACE MACRO journal_otlp(files, size) AS TABLE
+-- `kind`: 'span' of the proxy, 'otlp' of agents' own instrumentation.
+CREATE OR REPLACE MACRO journal_calls(files, size, kind) AS TABLE
 SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
   event: 'VARCHAR', span_id: 'VARCHAR', trace_id: 'VARCHAR', parent_span_id: 'VARCHAR', episode_id: 'VARCHAR',
   episode_source: 'VARCHAR', source: 'VARCHAR', operation: 'VARCHAR', route: 'VARCHAR', start_ns: 'BIGINT',
@@ -126,19 +114,13 @@ SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, col
   cost_usd: 'DOUBLE', prompt_slot: 'VARCHAR', prompt_version: 'INTEGER', prompt_candidate: 'VARCHAR',
   adapter_slot: 'VARCHAR', adapter_version: 'INTEGER', propensity: 'DOUBLE', request_bytes: 'BIGINT',
   response_bytes: 'BIGINT', name: 'VARCHAR', agent_name: 'VARCHAR', tool_name: 'VARCHAR'
-}) WHERE event = 'otlp';
+}) WHERE event = kind;
 
-CREATE OR REPLACE MACRO journal_payloads(files, size) AS TABLE
+CREATE OR REPLACE MACRO journal_payloads(files, size, kind) AS TABLE
 SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
   event: 'VARCHAR', span_id: 'VARCHAR', episode_id: 'VARCHAR', start_ns: 'BIGINT', input_messages: 'VARCHAR',
   output_messages: 'VARCHAR', tools: 'VARCHAR', token_ids: 'VARCHAR', logprobs: 'VARCHAR', attributes: 'VARCHAR'
-}) WHERE event = 'span';
-
-CREATE OR REPLACE MACRO journal_otlp_payloads(files, size) AS TABLE
-SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
-  event: 'VARCHAR', span_id: 'VARCHAR', episode_id: 'VARCHAR', start_ns: 'BIGINT', input_messages: 'VARCHAR',
-  output_messages: 'VARCHAR', tools: 'VARCHAR', token_ids: 'VARCHAR', logprobs: 'VARCHAR', attributes: 'VARCHAR'
-}) WHERE event = 'otlp';
+}) WHERE event = kind;
 
 CREATE OR REPLACE MACRO journal_rewards(files, size) AS TABLE
 SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, columns = {
@@ -232,11 +214,23 @@ SELECT r.reward_id, r.target_kind, r.target_id,
   f.span_id, r.name, r.value, r.label, r.explanation, r.source, r.idempotency_key, r.ts_ns
 FROM rewards r LEFT JOIN found f USING (reward_id);
 
--- Per target and name the latest value counts; weighted values of an episode and its spans are summed.
+-- Per target and name the latest value counts; weighted values of an episode and its spans are summed. Which of several
+-- is the latest is asked only where there are several: comparing pairs costs more than all the rest.
 CREATE OR REPLACE VIEW episode_rewards_v AS
-WITH latest AS MATERIALIZED (
-  SELECT target_kind, target_id, name, arg_max(value, {'at': ts_ns, 'id': reward_id}) AS value
+WITH counted AS MATERIALIZED (
+  SELECT target_kind, target_id, name, any_value(value) AS value, count(*) AS times
   FROM rewards WHERE name IN (SELECT name FROM reward_weights) GROUP BY ALL
+),
+latest AS MATERIALIZED (
+  SELECT target_kind, target_id, name, value FROM counted WHERE times = 1
+  UNION ALL
+  SELECT target_kind, target_id, name, arg_max(r.value, {'at': r.ts_ns, 'id': r.reward_id}) AS value
+  FROM rewards r JOIN counted c USING (target_kind, target_id, name) WHERE c.times > 1 GROUP BY ALL
+),
+answered AS (
+  SELECT l.target_id, l.name, any_value(l.value) AS value, any_value(s.episode_id) AS episode_id, count(*) AS spans
+  FROM latest l JOIN spans s ON s.response_id = l.target_id WHERE l.target_kind = 'response'
+  GROUP BY l.target_id, l.name
 ),
 placed AS (
   SELECT target_id AS episode_id, name, value FROM latest WHERE target_kind = 'episode'
@@ -247,9 +241,10 @@ placed AS (
   SELECT s.episode_id, l.name, l.value FROM latest l JOIN echoes e ON e.span_id = l.target_id
   JOIN spans s ON s.span_id = e.echo_of WHERE l.target_kind = 'span'
   UNION ALL
-  SELECT arg_max(s.episode_id, {'at': s.start_ns, 'id': s.span_id}), l.name, any_value(l.value)
-  FROM latest l JOIN spans s ON s.response_id = l.target_id
-  WHERE l.target_kind = 'response' GROUP BY l.target_id, l.name
+  SELECT episode_id, name, value FROM answered WHERE spans = 1
+  UNION ALL
+  SELECT arg_max(s.episode_id, {'at': s.start_ns, 'id': s.span_id}), a.name, any_value(a.value)
+  FROM answered a JOIN spans s ON s.response_id = a.target_id WHERE a.spans > 1 GROUP BY a.target_id, a.name
   UNION ALL
   SELECT arg_max(s.episode_id, {'at': s.start_ns, 'id': s.span_id}), l.name, any_value(l.value) FROM latest l JOIN (
     SELECT trace_id, episode_id, start_ns, span_id FROM spans

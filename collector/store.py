@@ -399,10 +399,13 @@ class Store:
         given = {**where, **_before(where, "before_id")}
         with self._snapshot() as cursor:
             rows = _reader(cursor)
-            if all(where[name] is None for name in ("slot", "version", "min_reward", "max_reward")):
-                asked = {name: given[name] for name in ("before_ns", "before_id", "status", "limit")}
-                return pages.episodes(rows, asked, self._weights)
-            return rows(pages.EPISODES_WHERE, given)
+            if where["min_reward"] is not None or where["max_reward"] is not None:
+                return rows(pages.EPISODES_WHERE, given)
+            asked = {name: given[name] for name in ("before_ns", "before_id", "status", "limit", "slot", "version")}
+            if where["slot"] is not None or where["version"] is not None:
+                return pages.episodes_of(rows, asked, self._weights)
+            del asked["slot"], asked["version"]
+            return pages.episodes(rows, asked, self._weights)
 
     def spans(self, **where: Any) -> list[dict[str, Any]]:
         """Rows of `spans`, newest first."""
@@ -420,7 +423,9 @@ class Store:
 
     def echoes(self, episode_id: str) -> list[dict[str, Any]]:
         """The agents' own spans that repeat calls of one episode: {"span_id", "parent_span_id", "echo_of"}."""
-        return self._rows(_EPISODE_ECHOES, {"episode_id": episode_id})
+        with self._snapshot() as cursor:
+            rows = _reader(cursor)
+            return rows(_EPISODE_ECHOES, {"episode_id": episode_id}) if rows(pages.ANY_ECHO, {}) else []
 
     def unmatched_rewards(self, limit: int) -> list[dict[str, Any]]:
         """Rewards whose target was not seen, newest first."""
