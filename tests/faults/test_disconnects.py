@@ -11,6 +11,7 @@ import pytest
 
 from proxy import metrics
 from tests.fake_upstream import FakeUpstream, Received, Reply, chunk, json_reply, sse_reply
+from tests.patience import within
 from tests.unit.proxy.harness import Worker, wait_for, worker
 
 SECOND = 1.0
@@ -54,7 +55,7 @@ class Caller:
     def __init__(self, proxy: Worker, body: dict[str, Any], *headers: bytes, send: float = 1.0) -> None:
         raw = json.dumps({"model": "m", "messages": [{"role": "user", "content": "Hi"}], **body}).encode()
         head = [b"POST /v1/chat/completions HTTP/1.1", b"host: localhost", b"content-length: %d" % len(raw), *headers]
-        self.socket = socket.create_connection(("127.0.0.1", int(proxy.root.rpartition(":")[2])), timeout=5)
+        self.socket = socket.create_connection(("127.0.0.1", int(proxy.root.rpartition(":")[2])), timeout=30)
         self.socket.sendall(b"\r\n".join(head) + b"\r\n\r\n" + raw[: int(len(raw) * send)])
         self.got = b""
         _callers.append(self)
@@ -91,7 +92,7 @@ def test_while_it_waits_for_the_head(proxy: Worker, upstream: FakeUpstream, stre
     caller = Caller(proxy, {"stream": stream})
     request = arrived(upstream)
     caller.leave(reset)
-    assert request.gone.wait(SECOND)
+    assert request.gone.wait(within(SECOND))
     span = proxy.span(count=1)
     assert (span["status"], span["http_status"], span["stream"]) == ("cancelled", None, stream)
 
@@ -102,7 +103,7 @@ def test_in_the_middle_of_a_json_answer(proxy: Worker, upstream: FakeUpstream, r
     caller = Caller(proxy, {})
     request = arrived(upstream)
     caller.leave(reset)
-    assert request.gone.wait(SECOND)
+    assert request.gone.wait(within(SECOND))
     assert proxy.span(count=1)["status"] == "cancelled"
 
 
@@ -114,7 +115,7 @@ def test_in_the_middle_of_a_stream_with_the_text_so_far_recorded(
     caller = Caller(proxy, {"stream": True})
     caller.until(b'"is"')
     caller.leave(reset)
-    assert arrived(upstream).gone.wait(SECOND)
+    assert arrived(upstream).gone.wait(within(SECOND))
     span = proxy.span(count=1)
     assert (span["status"], span["http_status"], span["stream"]) == ("cancelled", 200, True)
     assert json.loads(span["output_messages"])[0]["content"] == "Paris"
@@ -129,7 +130,7 @@ def test_after_the_last_event_while_the_upstream_still_holds_on(
     caller.until(END)
     assert proxy.span(count=1)["status"] == "ok"
     caller.leave(reset)
-    assert arrived(upstream).gone.wait(SECOND)
+    assert arrived(upstream).gone.wait(within(SECOND))
     assert proxy.span(count=1)["finish_reason"] == "stop"
 
 
@@ -149,7 +150,7 @@ def test_with_a_retry_that_has_joined_the_call_goes_on_until_both_are_gone(
     assert not request.gone.wait(0.15)
     assert proxy.spans == []
     other.leave(reset)
-    assert request.gone.wait(SECOND)
+    assert request.gone.wait(within(SECOND))
     assert proxy.span(count=1)["status"] == "cancelled"
     assert len(upstream.requests) == 1
 

@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 
 from tests.fake_upstream import FakeUpstream, Received, Reply, chat
+from tests.patience import within
 from tests.served import Served, served
 
 OLD, NEW = "You are a geography helper.", "You are a geography helper. Output ONLY the city."
@@ -124,8 +125,8 @@ def test_a_promotion_reaches_new_episodes_within_a_second(tmp_path: Path, worker
             f"\n{workers} worker(s), {len(answers)} calls: first episode with the new version {first * 1000:+.0f} ms, "
             f"last one with the old {last_old * 1000:+.0f} ms after the promotion was acknowledged"
         )
-        assert first < 1.0
-        assert last_old < 1.0
+        assert first < within(1.0)
+        assert last_old < within(1.0)
         server.client.flush()
         rows = server.client.query("SELECT prompt_version, input_messages FROM spans_v", limit=100_000)["rows"]
         assert len(rows) == len(answers)

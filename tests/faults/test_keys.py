@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 
 from tests.fake_upstream import FakeUpstream, Received, Reply, json_reply
+from tests.patience import within
 from tests.served import Served, run_ratchet, served
 
 BODY = {"model": "fake-model", "messages": [{"role": "user", "content": "Capital of France?"}]}
@@ -19,10 +20,10 @@ def call(server: Served, key: str | None) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/chat/completions", json=BODY, headers=headers)
 
 
-def always(answers: Callable[[], int], status: int, seconds: float = 5.0) -> float:
-    """Until eight answers in a row have the status; how long that took."""
+def always(answers: Callable[[], int], status: int, seconds: float = 60.0) -> float:
+    """Until twenty answers in a row, of any worker, have the status; how long that took."""
     began, found, last = time.monotonic(), 0, time.monotonic()
-    while found < 8:
+    while found < 20:
         found = found + 1 if answers() == status else 0
         last = last if found else time.monotonic()
         assert time.monotonic() - began < seconds
@@ -46,7 +47,7 @@ def test_a_key_is_needed_once_one_exists_and_a_revoked_one_is_refused_within_a_s
 
         revoked = run_ratchet("keys", "revoke", "bot", *where)
         assert revoked.returncode == 0, revoked.stderr
-        assert always(lambda: call(server, first).status_code, 401) < 1.0
+        assert always(lambda: call(server, first).status_code, 401) < within(1.0)
         assert call(server, second["key"]).status_code == 200
 
         listed = json.loads(run_ratchet("keys", "list", "--json", *where).stdout)

@@ -17,6 +17,7 @@ from collector.errors import RatchetError
 from tests.fake_upstream import FakeUpstream
 from tests.faults import load, processes
 from tests.faults.load import Call, Script
+from tests.patience import within
 from tests.served import RATCHET, Served, run_ratchet, served
 
 START = 60.0
@@ -53,13 +54,13 @@ def test_the_supervisors_death_ends_its_children_within_a_second(tmp_path: Path)
             assert len(children) == 3
             client = threading.Thread(target=lambda: asyncio.run(load.run(server.url, [slow], Script(), 1)))
             client.start()
-            processes.until(lambda: upstream.requests, 10, "the call is running")
+            processes.until(lambda: upstream.requests, 30, "the call is running")
             os.kill(server.process.pid, signal.SIGKILL)
             server.process.wait()
-            took = processes.until(lambda: not any(processes.parent(pid) for pid in children), 5, "all have ended")
+            took = processes.until(lambda: not any(processes.parent(pid) for pid in children), 30, "all have ended")
             client.join()
             print(f"\nsupervisor killed -9: its children were gone after {took:.2f} s")
-            assert took < 1.0
+            assert took < within(1.0)
             assert sockets and not os.path.exists(os.path.dirname(sockets[0]))
         with served(tmp_path / "data", upstream.url) as server:
             rows = server.client.query("SELECT episode_id, status FROM spans_v")["rows"]
@@ -72,9 +73,9 @@ def test_sigterm_lets_running_streams_end_and_refuses_new_calls(tmp_path: Path) 
         with served(tmp_path / "data", upstream.url) as server:
             client = threading.Thread(target=lambda: asyncio.run(load.run(server.url, calls, Script(), 8)))
             client.start()
-            processes.until(lambda: len(upstream.requests) == 8, 10, "all streams are running")
+            processes.until(lambda: len(upstream.requests) == 8, 30, "all streams are running")
             server.process.send_signal(signal.SIGTERM)
-            processes.until(lambda: refused(server), 5, "new connections are refused")
+            processes.until(lambda: refused(server), 30, "new connections are refused")
             client.join()
             assert server.process.wait(timeout=30) == 0
         assert [load.answer(call) for call in calls] == ["abcdefghij"] * 8
@@ -105,14 +106,14 @@ def test_ctrl_c_ends_the_server_in_order_and_twice_at_once(tmp_path: Path) -> No
             call = Call(0, "leave-stream", "hangs")
             thread = threading.Thread(target=lambda: ask_and_hang(server), daemon=True)
             thread.start()
-            processes.until(lambda: upstream.requests, 10, f"{call.kind} is running")
+            processes.until(lambda: upstream.requests, 30, f"{call.kind} is running")
             server.process.send_signal(signal.SIGINT)
             time.sleep(0.3)
             assert server.process.poll() is None
             begun = time.monotonic()
             server.process.send_signal(signal.SIGINT)
-            assert server.process.wait(timeout=5) == 130
-            assert time.monotonic() - begun < 2
+            assert server.process.wait(timeout=30) == 130
+            assert time.monotonic() - begun < within(2)
             thread.join(10)
 
 
@@ -134,7 +135,7 @@ def test_rewards_acknowledged_while_the_collector_is_dead_are_there_later_once(s
         answers += [httpx.post(f"{server.url}/reward", json=reward) for _ in range(2)]
     assert {answer.status_code for answer in answers} == {202}
     assert len({answer.json()["reward_id"] for answer in answers}) == 20
-    processes.until(lambda: ready(server), 30, "the collector is back")
+    processes.until(lambda: ready(server), 60, "the collector is back")
     assert count(server, "rewards_v") == 20
     assert b'ratchet_restarts_total{process="collector"} 1.0' in httpx.get(f"{server.url}/metrics").content
 
@@ -150,7 +151,7 @@ def test_calls_are_served_while_the_collector_hangs(server: Served) -> None:
             assert ask(server, f"call-{number}:json").status_code == 200
             slowest = max(slowest, time.monotonic() - begun)
         print(f"\ncollector stopped: 100 calls answered, the slowest in {slowest * 1000:.0f} ms")
-        assert slowest < 1.0
+        assert slowest < within(1.0)
         assert httpx.get(f"{server.url}/healthz").status_code == 200
         assert not ready(server)
         # A worker that starts now has nobody to ask: it serves what the cache says.
@@ -160,7 +161,7 @@ def test_calls_are_served_while_the_collector_hangs(server: Served) -> None:
         assert processes.find(server.process.pid, "proxy.worker") != [victim]
     finally:
         os.kill(collector, signal.SIGCONT)
-    processes.until(lambda: ready(server), 30, "the collector answers again")
+    processes.until(lambda: ready(server), 60, "the collector answers again")
     assert count(server, "spans_v") == before + 101
 
 

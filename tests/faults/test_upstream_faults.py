@@ -132,7 +132,7 @@ def workers(
     folder = tmp_path_factory.mktemp
     with (
         worker(folder("patient"), upstream.url, **settings(20)) as patient,
-        worker(folder("hasty"), upstream.url, **settings(0.15)) as hasty,
+        worker(folder("hasty"), upstream.url, **settings(0.3)) as hasty,
     ):
         yield {False: patient, True: hasty}
 

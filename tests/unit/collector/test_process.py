@@ -14,6 +14,7 @@ import pytest
 
 from collector.__main__ import main
 from collector.service import Collector
+from tests.patience import within
 from tests.unit.collector.rows import call, settings, write
 
 ROOT = Path(__file__).parents[3]
@@ -118,7 +119,7 @@ def test_the_death_of_the_parent_ends_it(tmp_path: Path) -> None:
         os.close(writing)
         begin = time.monotonic()
         process.popen.wait(30)
-        assert time.monotonic() - begin < 5  # a second, and what a busy machine adds
+        assert time.monotonic() - begin < within(5)  # a second, and what a busy machine adds
 
 
 def test_a_second_one_on_the_same_directory_does_not_start(tmp_path: Path) -> None:

@@ -130,9 +130,9 @@ def test_json_stays_json_and_the_secret_goes(before: str, secret: str, after: st
 def test_adversarial_text_takes_linear_time(unit: str) -> None:
     def seconds(length: int) -> float:
         text = (unit * length)[:length]
-        begin = time.perf_counter()
+        begin = time.process_time()
         redact.text("sk- eyJ K S x z b B J _ @ -----BEGIN" + text, emails=True)
-        return time.perf_counter() - begin
+        return time.process_time() - begin
 
     seconds(1000)
     assert seconds(400_000) < 2.0

@@ -136,13 +136,13 @@ class Worker:
 
     def start(self) -> None:
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(60)
         wait_for(lambda: self.server.started)
 
     def stop(self) -> None:
         self.client.close()
         self.server.should_exit = True
-        self._thread.join(10)
+        self._thread.join(30)
 
     async def _main(self) -> None:
         self.versions = Versions(self.registry.fetch, self._folder / "deployments.json", self.registry.fetch_candidate)
@@ -195,7 +195,7 @@ def worker(
         running.stop()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     """Until it holds; fails after `seconds`."""
     until = time.monotonic() + seconds
     while not condition():

@@ -23,7 +23,7 @@ def until_ready(child: Child) -> "asyncio.Future[bool]":
     return asyncio.ensure_future(child.said_ready.wait())
 
 
-async def until(condition: object, seconds: float = 10.0) -> None:
+async def until(condition: object, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "the condition did not come true"
@@ -33,9 +33,9 @@ async def until(condition: object, seconds: float = 10.0) -> None:
 def test_a_child_is_ready_when_it_says_so_and_ends_on_sigterm() -> None:
     async def main() -> None:
         child = Child("thing", lambda: python(SERVES), until_ready)
-        assert await child.start(10) is True
+        assert await child.start(60) is True
         assert child.pid is not None
-        assert await child.stop(10) is True
+        assert await child.stop(30) is True
         assert child.pid is None
         assert child.restarts == 0
 
@@ -47,7 +47,7 @@ def test_a_child_that_is_slow_to_start_is_kept() -> None:
         child = Child("thing", lambda: python("import time; time.sleep(60)"), until_ready)
         assert await child.start(0.05) is False
         assert child.pid is not None
-        await child.stop(10)
+        await child.stop(30)
 
     asyncio.run(main())
 
@@ -57,7 +57,7 @@ def test_a_child_that_dies_at_start_is_reported_with_its_last_lines() -> None:
 
     async def main() -> None:
         with pytest.raises(Unavailable) as caught:
-            await Child("worker0", lambda: python(code), until_ready).start(10)
+            await Child("worker0", lambda: python(code), until_ready).start(60)
         assert "worker0 did not start (exit code 3)" in caught.value.message
         assert caught.value.message.endswith("no such slot: capital")
         assert caught.value.message.count("line\n") == module.TAIL_LINES - 1
@@ -77,14 +77,14 @@ def test_what_dies_is_restarted_with_growing_pauses(monkeypatch: pytest.MonkeyPa
             return python(SERVES if len(born) in (1, 4) else "raise SystemExit(1)")
 
         child = Child("thing", command, until_ready, lambda: counted.append(child.restarts))
-        await child.start(10)
+        await child.start(60)
         first = child.pid
         assert first is not None
         os.kill(first, signal.SIGKILL)
         await until(lambda: len(born) == 4 and child.said_ready.is_set())
         assert child.pid not in (None, first)
         assert child.restarts == 3
-        await child.stop(10)
+        await child.stop(30)
 
     asyncio.run(main())
     assert counted == [1, 2, 3]
@@ -96,11 +96,11 @@ def test_a_restart_that_is_impossible_just_now_is_tried_again(monkeypatch: pytes
 
     async def main() -> None:
         child = Child("thing", lambda: commands.pop(0), until_ready)
-        await child.start(10)
+        await child.start(60)
         child.signal(signal.SIGKILL)
         await until(lambda: not commands and child.said_ready.is_set())
         assert child.restarts == 2
-        await child.stop(10)
+        await child.stop(30)
 
     asyncio.run(main())
 
@@ -110,7 +110,7 @@ def test_a_child_that_ignores_sigterm_is_killed_after_its_patience() -> None:
 
     async def main() -> None:
         child = Child("thing", lambda: python(code), until_ready)
-        await child.start(10)
+        await child.start(60)
         assert await child.stop(0.1) is False
         assert child.pid is None
 
@@ -127,7 +127,7 @@ def test_stopping_while_a_restart_waits_starts_nothing_more(monkeypatch: pytest.
             return python(SERVES)
 
         child = Child("thing", command, until_ready)
-        await child.start(10)
+        await child.start(60)
         child.signal(signal.SIGKILL)
         await until(lambda: child.restarts == 1)
         assert await child.stop(5) is True
@@ -144,6 +144,6 @@ def test_stdin_carries_the_payload_and_ctrl_c_does_not_reach_the_child() -> None
 
     async def main() -> None:
         with pytest.raises(Unavailable, match=r"300000 True"):
-            await Child("thing", lambda: python(code, b"x" * 300_000), until_ready).start(10)
+            await Child("thing", lambda: python(code, b"x" * 300_000), until_ready).start(60)
 
     asyncio.run(main())

@@ -154,12 +154,12 @@ async def test_an_answer_one_byte_at_a_time_is_the_same_answer() -> None:
 @on_loops
 @pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 2", CHUNKED, CHUNKED + b"5\r\nhel"])
 async def test_a_silent_server_times_out(begin: bytes) -> None:
-    async with pair(saying(begin, stay=True), read_timeout=0.06) as (client, server):
+    async with pair(saying(begin, stay=True), read_timeout=0.25) as (client, server):
         started = asyncio.get_running_loop().time()
         with pytest.raises(ReadTimeout) as caught:
             await call(client, server)
         assert caught.value.bytes_seen == len(begin)
-        assert 0.05 < asyncio.get_running_loop().time() - started < 5
+        assert 0.2 < asyncio.get_running_loop().time() - started < 30
         await until(lambda: client.connections == 0)
 
 
@@ -193,12 +193,12 @@ def test_a_body_that_drips_is_progress_and_a_head_that_drips_is_none() -> None:
 @on_loops
 async def test_a_reader_that_takes_its_time_is_no_silence_of_the_server() -> None:
     big = b"HTTP/1.1 200 OK\r\ncontent-length: 9000000\r\n\r\n" + b"x" * 9_000_000
-    async with pair(saying(big), read_timeout=0.25) as (client, server):
+    async with pair(saying(big), read_timeout=0.5) as (client, server):
         response = await client.request(b"POST", server.target, b"/", [])
         await anext(aiter(response))
         await until(lambda: response.buffered > HIGH_WATER)
         for _ in range(12):
-            await asyncio.sleep(0.03)
+            await asyncio.sleep(0.06)
         assert client.connections == 1
         assert len(await response.read()) > 8_000_000
 

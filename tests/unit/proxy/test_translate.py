@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.fake_upstream import FakeUpstream, json_reply, sse_reply
+from tests.patience import within
 from tests.unit.proxy.harness import Worker, worker
 
 pytestmark = [
@@ -200,7 +201,7 @@ def test_a_client_that_leaves_a_translated_stream_cancels_it(proxy: Worker, anth
         for block in reply.iter_text():
             if "ris" in block:
                 break
-    assert anthropic.requests[0].gone.wait(2)
+    assert anthropic.requests[0].gone.wait(within(2))
     span = proxy.span(count=1)
     assert span["status"] == "cancelled"
     assert json.loads(span["output_messages"])[0]["content"] == "Paris"

@@ -19,6 +19,7 @@ from collector.settings import Settings, Storage, Upstream
 from proxy.supervisor import Runtime, listen, url_of, worker_command
 from proxy.worker import read_spec
 from tests.fake_upstream import FakeUpstream
+from tests.patience import within
 
 PROBE = """
 import sys
@@ -98,7 +99,7 @@ def test_sigterm_seals_the_journal_and_ends_with_zero(tmp_path: Path) -> None:
         call(worker)
         worker.process.send_signal(signal.SIGINT)
         worker.process.send_signal(signal.SIGTERM)
-        assert worker.process.wait(10) == 0
+        assert worker.process.wait(30) == 0
         assert [line["event"] for line in sealed(worker.data)] == ["span"]
         assert not list((worker.data / "journal").glob("*.open"))
 
@@ -108,8 +109,8 @@ def test_the_end_of_the_supervisor_ends_the_worker_within_a_second(tmp_path: Pat
         call(worker)
         begun = time.monotonic()
         os.close(worker.alive)
-        worker.process.wait(10)
-        assert time.monotonic() - begun < 1.0
+        worker.process.wait(30)
+        assert time.monotonic() - begun < within(1.0)
         assert len(sealed(worker.data)) == 1
         assert not (worker.data / "runtime").exists()
 
