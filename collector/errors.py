@@ -7,6 +7,7 @@
     +-- NotFound                 404  no such slot, version, episode, job
     +-- Conflict                 409  the state does not allow it (nothing to roll back to, store in use)
     +-- Unavailable              503  the collector or the disk cannot take it now; nothing was stored
+    +-- BadRows                       lines of the journal that the store's tables refuse
 
 Exit codes of the command line: 0 done, 1 not done (`RatchetError`), 2 bad input (`BadInput`).
 """
@@ -70,6 +71,12 @@ class Conflict(RatchetError):
 
     status = 409
     code = "conflict"
+
+
+class BadRows(RatchetError):
+    """Lines of the journal that the store's tables refuse: the loader sets them aside."""
+
+    code = "bad_rows"
 
 
 class Unavailable(RatchetError):

@@ -13,6 +13,7 @@ from zlib import crc32
 import duckdb
 
 from collector import journal
+from collector.errors import BadRows, RatchetError
 from collector.inserts import Segment
 from collector.store import DATA_ERRORS, Store
 
@@ -105,7 +106,7 @@ class Loader:
         for names in self._batches(self._pending()):
             try:
                 lines += self._load(names)
-            except (duckdb.Error, OSError) as error:
+            except (duckdb.Error, OSError, RatchetError) as error:
                 self._failed(error)
                 break
             finally:
@@ -156,7 +157,7 @@ class Loader:
             return 0
         try:
             self._store.load(segments)
-        except DATA_ERRORS as error:
+        except (*DATA_ERRORS, BadRows) as error:
             if len(segments) > 1:
                 return sum(self._load([segment.name]) for segment in segments)
             log.error("segment %s: a line does not fit the schema: %s", segments[0].name, error)

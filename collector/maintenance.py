@@ -12,7 +12,7 @@ from collector.loader import QUARANTINE, Loader, kind, sift
 from collector.lock import DirectoryLock
 from collector.service import DATABASE
 from collector.settings import Settings
-from collector.store import Store
+from collector.stores import open_store
 
 # Events of which a repeated one is stored once, and the field by which it is known.
 _UNIQUE = {"reward": "reward_id", "evaluation": "evaluation_id", "otlp": "span_id"}
@@ -124,7 +124,7 @@ def rebuild(settings: Settings) -> Mapping[str, tuple[int, int]]:
         directory.mkdir(mode=0o700, exist_ok=True)
         fresh = data_dir / f"{DATABASE}.new"
         _remove(fresh)
-        store = Store(fresh, directory, settings.store, settings.rewards.weights)
+        store = open_store(fresh, directory, settings.store, settings.rewards.weights)
         try:
             loader = Loader(store, directory)
             loader.adopt()

@@ -40,7 +40,7 @@ from collector.lock import DirectoryLock
 from collector.model import Version
 from collector.readers import Readers
 from collector.settings import Settings
-from collector.store import Store
+from collector.stores import open_store
 
 DATABASE = "ratchet.duckdb"
 
@@ -78,7 +78,7 @@ class Collector:
             undo.callback(lock.release)
             directory = self.data_dir / journal.FOLDER
             directory.mkdir(mode=0o700, exist_ok=True)
-            self.store = Store(self.data_dir / DATABASE, directory, settings.store, settings.rewards.weights)
+            self.store = open_store(self.data_dir / DATABASE, directory, settings.store, settings.rewards.weights)
             undo.callback(self.store.close)
             self.loader = Loader(self.store, directory)
             self.inbox = Inbox(directory, self.loader)

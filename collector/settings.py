@@ -6,17 +6,19 @@ Sections belong to the packages that read them; they live here, on the bottom fl
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from collector.errors import ConfigError
 
 DEFAULT_URL = "http://127.0.0.1:4000"
+CLICKHOUSE = re.compile(r"clickhouses?://([^/@\s]*@)?(\[[0-9a-fA-F:]+\]|[^/@:\s]+)(:\d{1,5})?/[^/?#\s]+/?")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -213,12 +215,21 @@ class Storage(Section):
     data_dir: Path = Path("data")
     collector: str | None = None  # the URL of another host's server: this one has no store, and sends its journal there
     collector_key: str | None = None
+    url: SecretStr | None = None  # clickhouse://[user[:password]@]host[:port]/database; None: a DuckDB file in data_dir
     archive_after: int | None = Field(default=2, ge=1)  # days
     retention: int | None = Field(default=None, ge=1)  # days
     memory_limit_mb: int = Field(default=1024, ge=64)
     query_timeout: float = Field(default=30, gt=0)
     max_answer_mb: float = Field(default=16, gt=0)
     redaction: Redaction = Redaction()
+
+    @field_validator("url")
+    @classmethod
+    def _is_clickhouse(cls, url: SecretStr | None) -> SecretStr | None:
+        given = "" if url is None else url.get_secret_value()
+        if given and not CLICKHOUSE.fullmatch(given):
+            raise ValueError("must be clickhouse://[user[:password]@]host[:port]/database, or clickhouses:// for TLS")
+        return url if given else None
 
     @field_validator("collector")
     @classmethod
