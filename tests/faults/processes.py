@@ -45,6 +45,20 @@ def until(condition: Callable[[], object], seconds: float, what: str) -> float:
     return time.monotonic() - begun
 
 
+def on_each_worker(server: int, act: Callable[[], object]) -> None:
+    """Act while one worker alone can answer, the others stopped; and so on, with each of them."""
+    workers = find(server, "proxy.worker")
+    for one in workers:
+        others = [pid for pid in workers if pid != one]
+        try:
+            for pid in others:
+                os.kill(pid, signal.SIGSTOP)
+            act()
+        finally:
+            for pid in others:
+                os.kill(pid, signal.SIGCONT)
+
+
 def kill_all(server: "subprocess.Popen[bytes]") -> None:
     """kill -9 of a server and its children; returns when all have ended, and so let go of what they held."""
     family = [server.pid, *children(server.pid)]

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import httpx
 import pytest
 
 from tests.fake_upstream import FakeUpstream, Received, Reply, chat
+from tests.faults import processes
 from tests.patience import within
 from tests.served import Served, served
 
@@ -80,12 +82,13 @@ async def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
         return answer
 
 
-async def known_everywhere(url: str) -> None:
-    """Wait until the workers know the slot: twenty new connections in a row find one that does."""
-    found = 0
-    while found < 20:
-        async with aiohttp.ClientSession() as session, session.get(f"{url}/readyz") as response:
-            found = found + 1 if response.status == 200 else 0
+async def known_everywhere(server: Served) -> None:
+    """Wait until every worker knows the slot."""
+
+    def known() -> None:
+        processes.until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200, 60, "a worker knows the slot")
+
+    await asyncio.to_thread(processes.on_each_worker, server.process.pid, known)
 
 
 async def promote_under_load(server: Served) -> tuple[list[Answer], float]:
@@ -93,7 +96,7 @@ async def promote_under_load(server: Served) -> tuple[list[Answer], float]:
     slot = f"{server.url}/api/slots/capital"
     for text in (OLD, NEW):
         await post(f"{slot}/versions", {"kind": "prompt", "template": text})
-    await known_everywhere(server.url)
+    await known_everywhere(server)
     async with traffic(server.url) as running:
         await asyncio.sleep(BEFORE)
         await post(f"{slot}/promote", {"version": 2})

@@ -76,7 +76,7 @@ async def drill(server: Served) -> tuple[Traffic, float]:
         for text in TEXTS.values():
             async with session.post(f"{api}/versions", json={"kind": "prompt", "template": text}) as response:
                 assert response.status == 201
-        await known_everywhere(server.url)
+        await known_everywhere(server)
         agents = [asyncio.create_task(traffic.agent(session, server.url, f"a{n}")) for n in range(STREAMS)]
         began = time.monotonic()
         for swap in range(SWAPS):
