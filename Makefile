@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 TORCH_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install check format test otel-clients test-phoenix test-clients test-model faults bench-apo bench-gateway bench-store bench-rl study-capital gpu-check demo serve image-steps clean lock
+.PHONY: install check format test otel-clients test-phoenix test-clients test-model faults bench-apo bench-apo-real bench-gateway bench-store bench-rl study-capital gpu-check demo serve image-steps clean lock
 
 # A stamp per lock: made anew when the lock or the project's metadata changes.
 $(VENV)/bin/python:
@@ -87,6 +87,10 @@ bench-store: install
 bench-apo: install
 	-$(MAKE) .venvs/bench-agentlightning/.done
 	$(BIN)/python -m bench.apo
+
+# The search beside gepa and the beam on the real local model, one fixed bank of parts for all; answers are kept in data.
+bench-apo-real: install
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.apo_real
 
 # Credit where the truth is known, and what training costs; about 10 minutes.
 bench-rl: install
