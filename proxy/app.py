@@ -16,9 +16,11 @@ from proxy.identity import read_traceparent
 from proxy.options import Options
 from proxy.paths import Route, parse
 from proxy.prepare import Prompts
+from proxy.quick import Quick
 from proxy.rates import Meter
 from proxy.record import Call, Recorder
 from proxy.relay import Relay
+from proxy.server import CONNECTION, Cycle
 from proxy.table import Table
 from proxy.upstream import Upstream
 from proxy.versions import Versions
@@ -41,14 +43,14 @@ class App:
         self._guard = Guard(settings.server, versions)
         self._cold = cold
         self._copy_limit = int(settings.store.max_answer_mb * (1 << 20))
+        prompts, options = Prompts(versions, table), Options.of(settings, meter)
+        redaction = settings.store.redaction
+        recorder = Recorder(journal, table, redaction.emails, prices, Policy.of(redaction))
         self._relay = Relay(
-            upstream,
-            Prompts(versions, table),
-            Recorder(journal, table, settings.store.redaction.emails, prices, Policy.of(settings.store.redaction)),
-            table,
-            self._guard,
-            int(settings.server.max_body_mb * (1 << 20)),
-            Options.of(settings, meter),
+            upstream, prompts, recorder, table, self._guard, int(settings.server.max_body_mb * (1 << 20)), options
+        )
+        self.quick = Quick(
+            upstream, prompts, recorder, table, self._guard, versions, self._relay, options, self._copy_limit
         )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -76,6 +78,9 @@ class App:
         call = begin(route, route.dialect, headers, tenant or "")
         call.copy_limit = self._copy_limit
         call.limits = self._guard.limits(tenant)
+        connection: Cycle | None = scope.get("extensions", {}).get(CONNECTION)
+        if connection is not None:
+            self.quick.learn(connection.key, scope, headers, call)
         await self._relay.serve(scope, receive, send, call)
 
 

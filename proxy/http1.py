@@ -155,7 +155,22 @@ class Client:
             self._sweeper.cancel()
             self._sweeper = None
 
+    def ready(self, origin: Origin) -> Connection | None:
+        """A kept connection to send on at once; None where one would have to be made."""
+        return self._kept(origin)
+
+    def unused(self, connection: Connection) -> None:
+        """Takes back what `ready` gave."""
+        self._on_idle(connection)
+
     def _head(self, method: bytes, target: Target, path: bytes, headers: Sequence[Header], body: bytes) -> bytes:
+        lines = self.lines(method, target, path, headers)
+        if body or method in BODY_METHODS:
+            return b"%b\r\ncontent-length: %d\r\n\r\n" % (lines, len(body))
+        return lines + b"\r\n\r\n"
+
+    def lines(self, method: bytes, target: Target, path: bytes, headers: Sequence[Header]) -> bytes:
+        """A head but for the body's length and the empty line. Raises InvalidRequest."""
         names = self._names
         if not names.issuperset(dict(headers)):
             for name, _ in headers:
@@ -167,10 +182,7 @@ class Client:
         lines = b"\r\n".join([target.host_line, *map(b": ".join, headers)])
         if lines.count(b"\n") != len(headers) + 1 or lines.count(b"\r") != len(headers) + 1 or b"\0" in lines:
             raise InvalidRequest("a header value holds a line break or a NUL")
-        start = method + b" " + (target.prefix + path or b"/")
-        if body or method in BODY_METHODS:
-            return b"%b%b\r\ncontent-length: %d\r\n\r\n" % (start, lines, len(body))
-        return start + lines + b"\r\n\r\n"
+        return method + b" " + (target.prefix + path or b"/") + lines
 
     def _learn(self, name: bytes) -> None:
         if not _TOKEN.fullmatch(name):

@@ -28,7 +28,8 @@ class Response:
     or by iterating. Leave no answer half read: read to the end, or `abort()`; `async with` does that by itself.
 
     `on_error`, where set, makes of a TransportError what reading raises in its place. `retried` says that the request
-    was sent a second time, because the kept connection it went to first was stale.
+    was sent a second time, because the kept connection it went to first was stale. `listener`, where set, is called
+    when something new is there, in place of whoever awaits it.
     Trailers are dropped, interim (1xx) answers skipped, content encodings left as they are.
     """
 
@@ -42,6 +43,7 @@ class Response:
         "buffered",
         "headers",
         "limit",
+        "listener",
         "on_error",
         "retried",
         "status",
@@ -54,6 +56,7 @@ class Response:
         self.buffered = 0
         self.limit = HIGH_WATER
         self.on_error: Callable[[TransportError], Exception] | None = None
+        self.listener: Callable[[], None] | None = None
         self._chunks: list[bytes] = []
         self._done = False
         self._error: TransportError | None = None
@@ -109,6 +112,20 @@ class Response:
     ) -> None:
         self.abort()
 
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended before it was whole."""
+        return self._error is not None
+
+    def take(self) -> bytes:
+        """What has come of the body since the last time; empty where nothing has."""
+        return self._take() if self._chunks else b""
+
+    def resume(self) -> None:
+        """What was taken leaves room for more."""
+        if self._source is not None:
+            self._source.resume()
+
     def add(self, chunk: bytes) -> None:
         """Keeps a piece of the body; `wake` tells the reader, once for all pieces of one read."""
         self._chunks.append(chunk)
@@ -130,7 +147,9 @@ class Response:
     def wake(self) -> None:
         """New pieces are there."""
         waiter = self._waiter
-        if waiter is not None and not self._whole and not waiter.done():
+        if self.listener is not None:
+            self.listener()
+        elif waiter is not None and not self._whole and not waiter.done():
             waiter.set_result(None)
 
     def finish(self, error: TransportError | None = None) -> None:
@@ -139,7 +158,9 @@ class Response:
         self._error = error
         self._done = error is None
         waiter = self._waiter
-        if waiter is not None and not waiter.done():
+        if self.listener is not None:
+            self.listener()
+        elif waiter is not None and not waiter.done():
             waiter.set_result(None)
 
     async def head(self) -> None:

@@ -41,16 +41,16 @@ class Trace:
     parent_id: str | None = None
 
 
-_NO_TRACE = Trace()
+NO_TRACE = Trace()
 
 
 def read_traceparent(value: str | None) -> Trace:
     """The trace of a W3C `traceparent`; an invalid one, or one of zeros, counts as absent."""
     if not value:
-        return _NO_TRACE
+        return NO_TRACE
     found = _TRACEPARENT.fullmatch(value.strip())
     if found is None or value.startswith("ff") or not found[1].strip("0") or not found[2].strip("0"):
-        return _NO_TRACE
+        return NO_TRACE
     return Trace(found[1], found[2])
 
 

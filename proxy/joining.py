@@ -89,25 +89,25 @@ class Joining:
     """The calls under way in this worker."""
 
     def __init__(self) -> None:
-        self._running: set[Running] = set()
+        self.running: set[Any] = set()  # Running, and calls that make one of themselves when they are joined
 
     def add(self, call: Call, raw: bytes, client: Answering, awaited: bool) -> Running:
         """From now on retries can join the call. `awaited`: its client is an SDK that makes some."""
         running = Running(call, raw, client, awaited)
-        self._running.add(running)
+        self.running.add(running)
         return running
 
     def remove(self, running: Running) -> None:
         """It is over."""
-        self._running.discard(running)
+        self.running.discard(running)
         running.end()
 
     def find(self, call: Call, raw: bytes) -> Running | None:
         """The running call that this retry repeats: same key, path, episode and body, and no answer yet."""
-        for one in self._running:
+        for one in self.running:
             same = one.call.route == call.route and one.call.tenant == call.tenant and one.call.named == call.named
             if same and one.raw == raw and one.open:
-                return one
+                return one if isinstance(one, Running) else one.hand_over()
         return None
 
 

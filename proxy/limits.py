@@ -71,6 +71,11 @@ class Calls:
         self.running = 0
         self._most = MAX_CALLS if most is None else most
 
+    @property
+    def full(self) -> bool:
+        """Whether the cap is reached."""
+        return self.running >= self._most
+
     def __enter__(self) -> None:
         if self.running >= self._most:
             raise Overloaded("too many calls at once; try again in a second")

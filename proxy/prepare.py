@@ -8,7 +8,9 @@ from collector import template
 from collector.errors import NotFound
 from proxy import adapters, inject, members, metrics, prompt_ids, slots
 from proxy import table as tables
+from proxy.answer import judge
 from proxy.dialects.base import Json
+from proxy.identity import Identity
 from proxy.paths import pinned
 from proxy.record import Applied, Call
 from proxy.slots import Match
@@ -19,7 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Body:
-    """The request's body on its way: the bytes to send, and the same parsed (None: it is no JSON object)."""
+    """The request's body on its way: the bytes to send, and the same parsed (None: it is no JSON object). `stripping`:
+    the usage that the answer will tell was not asked for by the client."""
+
+    stripping = False
 
     def __init__(self, raw: bytes) -> None:
         self.raw = raw
@@ -33,6 +38,30 @@ def parse(raw: bytes) -> Json | None:
     except orjson.JSONDecodeError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def aim(call: Call, body: Body, provider: str, model: str | None) -> None:
+    """Notes where the call goes; the name of the model is changed where the target, or an adapter, has its own."""
+    call.provider = provider
+    model = call.upstream_model = call.adapter.served if call.adapter else model
+    if model is not None and body.parsed is not None:
+        body.raw = inject.replace(body.raw, body.parsed, ("model",), model)
+
+
+def with_usage(call: Call, raw: bytes) -> bytes | None:
+    """The body of a call for a stream, asking for its usage too, whose chunk is then to be stripped again; None where
+    that isn't needed or can't be done."""
+    if call.body is None or not (call.reading.stream and call.dialect.usage_option):
+        return None
+    return inject.ask_for_usage(raw, call.body)
+
+
+def read_answer(call: Call, copy: bytes | None, status: int) -> None:
+    """What a whole answer says, and whether it is one of an error. `copy`: readable."""
+    reply = parse(copy) if copy else None
+    if reply is not None:
+        call.summary = call.dialect.summarise(reply)
+    judge(call, status)
 
 
 class Prompts:
@@ -51,15 +80,16 @@ class Prompts:
         pins, texts = pinned(call.route.pins), {}
         for slot, version in pins.items():
             texts[slot] = await self._pinned(slot, version)
-        snapshot, revision = await self._snapshot(call.identity.episode_id, call.identity.source == "new")
+        snapshot, revision = await self._snapshot(call.identity)
         if snapshot.adapters:
             call.adapter = adapters.deal(snapshot, call.reading.model, pins, call.identity.episode_id, revision)
         if body.parsed is not None and "prompt_id" in body.parsed and call.dialect.operation in prompt_ids.OPERATIONS:
             await self._ask(call, body, pins, snapshot, revision)
             return
         wanted = {*pins, *((named,) if named else ())}
-        only = wanted if named else None
-        matches = slots.find(snapshot, call.reading.prompts, call.reading.model, only=only, prefer=pins)
+        matches = slots.find(
+            snapshot, call.reading.prompts, call.reading.model, only=wanted if named else None, prefer=pins
+        )
         if named and named not in {match.known.slot for match in matches}:
             explicit = slots.named(snapshot, named, call.reading.prompts)
             matches += [explicit] if explicit else []
@@ -68,15 +98,35 @@ class Prompts:
             if slot in pins:
                 self._inject(call, body, match, texts[slot], _pin(match, pins[slot]))
             else:
-                choice = snapshot.slots[slot].choose(call.identity.episode_id, revision)
-                if choice is not None:
-                    served = Applied(slot, choice.version, None, choice.propensity, match.values)
-                    self._inject(call, body, match, snapshot.slots[slot].texts[choice.version], served)
+                self._deal(call, body, match, snapshot.slots[slot], revision)
         if call.reading.prompts and not matches:
             metrics.UNMATCHED.inc()
         found = {match.known.slot for match in matches} | ({call.adapter.slot} if call.adapter else set())
         for _ in wanted - found:
             metrics.FAIL_OPEN.labels("not_matched").inc()
+
+    def at_once(self, call: Call, body: Body) -> bool:
+        """The same for a call that pins and names nothing. False where a revision would have to be awaited: then
+        nothing has changed."""
+        now = self._versions.current
+        revision = self._revision(call.identity, now)
+        if revision > now.revision:
+            return False
+        reading = call.reading
+        if now.adapters:
+            call.adapter = adapters.deal(now, reading.model, {}, call.identity.episode_id, revision)
+        matches = slots.find(now, reading.prompts, reading.model)
+        for match in matches:
+            self._deal(call, body, match, now.slots[match.known.slot], revision)
+        if reading.prompts and not matches:
+            metrics.UNMATCHED.inc()
+        return True
+
+    def _deal(self, call: Call, body: Body, match: Match, slot: Slot, revision: int) -> None:
+        choice = slot.choose(call.identity.episode_id, revision)
+        if choice is not None:
+            served = Applied(slot.name, choice.version, None, choice.propensity, match.values)
+            self._inject(call, body, match, slot.texts[choice.version], served)
 
     async def _ask(self, call: Call, body: Body, pins: dict[str, str], snapshot: Snapshot, revision: int) -> None:
         """The prompt that the body asks for by `prompt_id`. Raises BadRequest, or NotFound for an unknown slot."""
@@ -100,17 +150,19 @@ class Prompts:
         metrics.INJECTED.inc()
         call.applied.append(served)
 
-    async def _snapshot(self, episode_id: str, new: bool) -> tuple[Snapshot, int]:
-        """The episode's revision, which is that of its first call whichever worker served it, and a snapshot that
-        knows it."""
+    async def _snapshot(self, identity: Identity) -> tuple[Snapshot, int]:
+        """The episode's revision, and a snapshot that knows it."""
         now = self._versions.current
-        key, mine = tables.key("sticky", episode_id), now.revision.to_bytes(8, "big")
-        if new:
-            self._table.add(key, mine)
-            return now, now.revision
-        held = self._table.put_if_absent(key, mine)
-        revision = int.from_bytes(held, "big")
+        revision = self._revision(identity, now)
         return (now if revision <= now.revision else await self._versions.reach(revision)), revision
+
+    def _revision(self, identity: Identity, now: Snapshot) -> int:
+        """That of the episode's first call, whichever worker served it."""
+        key, mine = tables.key("sticky", identity.episode_id), now.revision.to_bytes(8, "big")
+        if identity.source == "new":
+            self._table.add(key, mine)
+            return now.revision
+        return int.from_bytes(self._table.put_if_absent(key, mine), "big")
 
     async def _pinned(self, slot: str, version: str) -> str:
         text = await self._text(slot, version)

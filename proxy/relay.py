@@ -2,27 +2,43 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass
 from typing import Any
 
 from collector.errors import RatchetError
-from proxy import attempts, capture, depth, errors, inject, limits, metrics, translate
+from proxy import attempts, capture, depth, errors, limits, metrics, translate
 from proxy.answer import Answer, judge
 from proxy.auth import Guard
 from proxy.cache import Cache, Keeper, Kept, key_of
 from proxy.client import LENGTH, Client
 from proxy.errors import Broken, ClientGone, Header, UpstreamTimeout
 from proxy.hangup import HangUp
+from proxy.http1_response import Response
 from proxy.identity import identify
 from proxy.joining import RETRIES, Running, is_retry
 from proxy.options import Options
 from proxy.packing import unpack
-from proxy.prepare import Body, Prompts, parse
+from proxy.prepare import Body, Prompts, aim, read_answer, with_usage
 from proxy.record import Call, Recorder
 from proxy.streaming import Streaming
 from proxy.table import Table
 from proxy.upstream import Request, Upstream, headers_for
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Begun:
+    """A call that Quick began and leaves to the Relay. `streaming`: its head, and some of its events, are out. `bug`:
+    what it ends with."""
+
+    client: Client
+    call: Call
+    request: Request
+    response: Response
+    streaming: Streaming | None = None
+    bug: Exception | None = None
 
 
 class Relay:
@@ -45,16 +61,23 @@ class Relay:
         self._table = table
         self._guard = guard
         self._limit = body_limit
-        self._calls = limits.Calls()
-        metrics.INFLIGHT.set_function(lambda: self._calls.running)
+        self.calls = limits.Calls()
+        metrics.INFLIGHT.set_function(lambda: self.calls.running)
 
     async def serve(self, scope: Any, receive: Any, send: Any, call: Call) -> None:
         """From the request's body to the span. The recorder writes a call once, so the `finally` catches all that ended
         before its regular moment of writing: just ahead of the answer's last byte."""
         client = Client(send, call, self._recorder)
+        await self._ended(self._counted(scope, receive, client, call), receive, client, call)
+
+    async def go_on(self, begun: Begun, scope: Any, receive: Any, _send: Any) -> None:
+        """From where Quick left a call to the span."""
+        await self._ended(self._rest(scope, begun), receive, begun.client, begun.call)
+
+    async def _ended(self, work: Awaitable[None], receive: Any, client: Client, call: Call) -> None:
+        """The work, and whatever end it comes to."""
         try:
-            with self._calls:
-                await self._relay(scope, receive, client, call)
+            await work
         except ClientGone:
             call.end("cancelled")
         except asyncio.CancelledError:
@@ -74,6 +97,25 @@ class Relay:
                 self._options.joining.remove(client.running)
             if call.metered:
                 self._options.settle(call)
+
+    async def _counted(self, scope: Any, receive: Any, client: Client, call: Call) -> None:
+        with self.calls:
+            await self._relay(scope, receive, client, call)
+
+    async def _rest(self, scope: Any, begun: Begun) -> None:
+        """Its request is out, and it is counted already."""
+        call, client = begun.call, begun.client
+        try:
+            with HangUp(scope, client.running) as hang_up:
+                if begun.bug is not None:
+                    raise begun.bug
+                if begun.streaming is not None:
+                    await begun.streaming.follow(hang_up)
+                else:
+                    await self._asked(hang_up, client, call, begun.request)
+        finally:
+            self.calls.running -= 1
+            begun.response.abort()
 
     async def _relay(self, scope: Any, receive: Any, client: Client, call: Call) -> None:
         given: list[Header] = scope["headers"]
@@ -97,10 +139,15 @@ class Relay:
                 await self._in_time(self._options.total, hang_up, client, call, request)
 
     async def _exchange(self, hang_up: HangUp, client: Client, call: Call, request: Request) -> None:
-        stripping = call.dialect.usage_option and call.reading.stream and _add_usage(call, request)
+        changed = with_usage(call, request.body)
+        if changed is not None:
+            request.body, request.stripping = changed, True
+        await self._asked(hang_up, client, call, request)
+
+    async def _asked(self, hang_up: HangUp, client: Client, call: Call, request: Request) -> None:
         answer = await self._send(request, call)
         try:
-            await _answer(hang_up, client, call, answer, stripping)
+            await _answer(hang_up, client, call, answer, request.stripping)
         finally:
             answer.close()
 
@@ -140,15 +187,10 @@ class Relay:
             call.body = body.parsed
             call.reading = call.dialect.read(body.parsed)
             call.stream = call.reading.stream
-        call.identity = identify(
-            call.route.episode, call.named, call.trace, body.parsed or {}, call.reading, self._table, call.tenant
-        )
+        find_episode(call, self._table)
         await self._prompts.apply(call, body, _text(headers.get(b"x-ratchet-slot")))
         target = self._upstream.route(_service(call), call.reading.model)
-        call.provider = target.provider
-        model = call.upstream_model = call.adapter.served if call.adapter else target.model
-        if model is not None and body.parsed is not None:
-            body.raw = inject.replace(body.raw, body.parsed, ("model",), model)
+        aim(call, body, target.provider, target.model)
         keyed, unpacked = self._guard.keyed, plain is not None
         sent = headers_for(target, given, keyed=keyed, unpacked=unpacked)
         query = scope.get("query_string", b"").decode("latin-1")
@@ -231,10 +273,7 @@ async def _whole(hang_up: HangUp, client: Client, call: Call, answer: Answer) ->
     call.first_byte()
     call.cost_usd = answer.cost_usd
     copy = answer.decoded(body)
-    reply = parse(copy) if copy else None
-    if reply is not None:
-        call.summary = call.dialect.summarise(reply)
-    judge(call, answer.status)
+    read_answer(call, copy, answer.status)
     if call.hidden is not None and copy is not None and answer.encoding in ("identity", ""):
         body = capture.hide(body, call.hidden)
     await client.whole(answer.status, answer.headers, body)
@@ -271,15 +310,10 @@ async def _pass_through(hang_up: HangUp, client: Client, call: Call, answer: Ans
     await client.last(held)
 
 
-def _add_usage(call: Call, request: Request) -> bool:
-    """Asks for the usage of a stream; True: its chunk is to be stripped again."""
-    if call.body is None:
-        return False
-    changed = inject.ask_for_usage(request.body, call.body)
-    if changed is None:
-        return False
-    request.body = changed
-    return True
+def find_episode(call: Call, table: Table) -> None:
+    """By all that the call says. Raises BadRequest."""
+    route, body = call.route, call.body or {}
+    call.identity = identify(route.episode, call.named, call.trace, body, call.reading, table, call.tenant)
 
 
 def _service(call: Call) -> str:

@@ -33,6 +33,11 @@ class _Names(dict[bytes, bytes | None]):
 _NAMES = _Names()
 
 
+def passed_on(headers: Iterable[Header]) -> list[Header]:
+    """An answer's headers without this hop's and without such as only we may set, names in lower case."""
+    return [(name, value) for raw, value in headers if (name := _NAMES[raw]) is not None]
+
+
 class Reply(ABC):
     """Status, headers in lower case without this hop's and without such as only we may set, and the body to be read.
     `length`: of the body, where it was told. Reading raises UpstreamError or UpstreamTimeout."""
@@ -42,7 +47,7 @@ class Reply(ABC):
 
     def __init__(self, status: int, headers: Iterable[Header]) -> None:
         self.status = status
-        self.headers: list[Header] = [(name, value) for raw, value in headers if (name := _NAMES[raw]) is not None]
+        self.headers = passed_on(headers)
         given = dict(self.headers)
         length = given.get(b"content-length", b"")
         self.length = int(length) if length.isdigit() else None

@@ -6,8 +6,8 @@ an answer is sent is therefore with the kernel before the client sees any of tha
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote
 
 import httptools
@@ -15,15 +15,21 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from collector.errors import RatchetError
 from proxy import errors
-from proxy.errors import BadRequest, HeadersTooLarge, TooSlow
+from proxy.errors import BadRequest, Header, HeadersTooLarge, TooSlow
+from proxy.heads import Head, cut
 from proxy.limits import MAX_HEADER_BYTES
 from proxy.patience import Reading
+
+if TYPE_CHECKING:
+    from proxy.quick import Quick, QuickCall
 
 log = logging.getLogger(__name__)
 
 CONNECTION = "ratchet.connection"  # the ASGI extension under which an application finds its Cycle
 _HEAD = MAX_HEADER_BYTES + (64 << 10)  # bytes of a head that isn't whole yet; the application counts the rest
 _JOIN = 64 << 10  # bytes; more than that is not copied to be joined
+_DIGITS = 8  # of the length of a body that is worth the short way
+_OK = STATUS_LINE[200][:-2]
 _UPGRADING = (b"upgrade", b"connection", b"http2-settings")
 
 
@@ -31,6 +37,7 @@ class Cycle(RequestResponseCycle):
     """One request and its answer. `on_gone`, where set, is called when the client leaves before the answer is whole."""
 
     on_gone: Callable[[], None] | None = None
+    key: bytes | None = None  # of its head, as `heads.cut` gives it, where its request came in one piece
     _slow = False
 
     def __init__(self, loop: asyncio.AbstractEventLoop, **given: Any) -> None:
@@ -50,6 +57,10 @@ class Cycle(RequestResponseCycle):
         self._slow = True
         self.keep_alive = False
         self.message_event.set()
+
+    def begun(self) -> None:
+        """The head of a chunked answer is out already."""
+        self.response_started = self.chunked_encoding = True
 
     async def receive(self) -> Any:
         """ASGI's receive. Raises TooSlow for a body that takes too long to come."""
@@ -151,17 +162,26 @@ class Protocol(HttpToolsProtocol):
     """One client's connection. Malformed requests get OpenAI's envelope; a websocket's upgrade is served as a plain
     request, which the application refuses in its own words; any other, such as Java's offer of h2c, is not taken."""
 
+    running: "QuickCall | None" = None  # the call under way that the parser knows nothing of
     _idle_since = 0.0
     _offered = False  # whether the head that was just read asks for an upgrade that isn't taken
+    _between = True  # whether the parser is between two requests
+    _key: bytes | None = None  # of the head that the parser is about to read
+    _waiting: tuple[Head, int, bytes] | None = None  # a known head that came without its body, and how long that is
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn narrows it
         """asyncio's word for: somebody is there."""
         super().connection_made(transport)
         self._reading = Reading(self.loop.time())
+        self._quick: Quick | None = getattr(self.config.app, "quick", None)
 
     def data_received(self, data: bytes) -> None:
         """asyncio's word for: bytes have come."""
         self._idle_since = self.loop.time()
+        if self.running is not None:  # it goes on talking
+            self.running.hand_over()
+        if self._quick is not None and self._between and self._taken(self._quick, data):
+            return
         try:
             self._feed(data)
         except httptools.HttpParserError:
@@ -169,6 +189,82 @@ class Protocol(HttpToolsProtocol):
         self._reading.got += len(data)
         if self._reading.head and self._reading.got > _HEAD:
             self._refuse(HeadersTooLarge(f"the head is larger than {_HEAD} bytes"))
+
+    def _taken(self, quick: "Quick", data: bytes) -> bool:
+        """Whether these bytes are a usual call's, which then needs no parser; a known head may wait for its body."""
+        self._key = None
+        if self._waiting is not None:
+            (head, length, _), body = self._waiting, data
+            if len(body) != length:
+                self._read_waiting()
+                return False
+        elif self.cycle is not None and not self.cycle.response_complete:
+            return False
+        else:
+            parts = cut(data)
+            if parts is None or not parts[1].isdigit() or len(parts[1]) > _DIGITS:
+                return False
+            self._key, digits, body = parts
+            known, length = quick.heads.get(self._key), int(digits)
+            if known is None:
+                return False
+            head = known
+            if not body and length:
+                self._waiting = head, length, data
+                self._reading.begin(self._idle_since)
+                self._reading.head, self._reading.got = False, len(data)
+                return True
+        if len(body) != length or not quick.take(self, head, body):
+            self._read_waiting()
+            return False
+        self._waiting = self._reading.since = None
+        return True
+
+    def _read_waiting(self) -> None:
+        """Has the parser read the head that waits, after all."""
+        if self._waiting is not None:
+            (_, _, data), self._waiting = self._waiting, None
+            since = self._reading.since
+            self._feed(data)
+            self._reading.since, self._reading.got = since, len(data)
+
+    def head(self, headers: list[Header], given: Mapping[bytes, bytes]) -> bytes:
+        """The head of a running call's answer, a 200. `given`: those that the upstream gave."""
+        lines = [_OK, *map(b": ".join, headers)]
+        if b"date" not in given:
+            lines += map(b": ".join, self.server_state.default_headers)
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def ended(self) -> None:
+        """The running call's answer is out."""
+        self.server_state.total_requests += 1
+        self._idle_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._wait(self.timeout_keep_alive)
+
+    def resume(self, head: Head, *, begun: bool) -> Cycle:
+        """A cycle for a call that was running without one. `begun`: the head of its answer is out."""
+        self.on_message_begin()
+        self._reading.since, self._reading.head, self._between = None, False, True
+        scope = cast(Any, self.scope)
+        scope.update(method="POST", path=unquote(head.raw_path.decode("latin-1")), raw_path=head.raw_path)
+        scope.update(query_string=head.query, headers=head.headers)
+        self.cycle = cycle = self._cycle(keep_alive=True)
+        cycle.more_body = False
+        if begun:
+            cycle.begun()
+        return cycle
+
+    def start(self, cycle: Cycle, app: Any) -> None:
+        """Runs an application for a cycle."""
+        self._start_asgi_task(cycle, app)
+
+    def shutdown(self) -> None:
+        """uvicorn's word for: the server ends."""
+        if self.running is not None:
+            self.running.hand_over()
+        self._read_waiting()
+        super().shutdown()
 
     def _feed(self, data: bytes) -> None:
         """Parses. Where the parser stops at an upgrade that isn't taken, it reads the head again without that, and then
@@ -190,6 +286,7 @@ class Protocol(HttpToolsProtocol):
         """Ends a request that takes too long to come; called now and then."""
         if not self._reading.late(now, patience):
             return
+        self._read_waiting()
         busy = self.cycle is not None and not self.cycle.response_complete
         if self._reading.head and not busy and self._reading.got:
             self._refuse(TooSlow())
@@ -201,6 +298,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Parser: the first byte of a request."""
         super().on_message_begin()
+        self._between = False
         self._reading.begin(self.loop.time())
 
     def on_message_complete(self) -> None:
@@ -208,11 +306,15 @@ class Protocol(HttpToolsProtocol):
         if self._offered:
             return
         super().on_message_complete()
+        self._between = True
         self._reading.since = None
         self._reading.head = False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio's word for: it has ended. Ends the call that runs."""
+        if self.running is not None:
+            self.running.hand_over()
+        self._read_waiting()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         if self.cycle is not None:
@@ -241,9 +343,18 @@ class Protocol(HttpToolsProtocol):
         scope["raw_path"] = url.path
         scope["query_string"] = url.query or b""
         before = self.cycle
-        self.cycle = cycle = Cycle(
+        self.cycle = cycle = self._cycle(version != "1.0" and parser.should_keep_alive())
+        cycle.key, self._key = self._key, None
+        if before is None or before.response_complete:
+            self._start_asgi_task(cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, self.app))
+
+    def _cycle(self, keep_alive: bool) -> Cycle:
+        cycle = Cycle(
             self.loop,
-            scope=scope,
+            scope=self.scope,
             transport=self.transport,
             flow=self.flow,
             logger=self.logger,
@@ -252,15 +363,11 @@ class Protocol(HttpToolsProtocol):
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
             expect_100_continue=(b"expect", b"100-continue") in self.headers,
-            keep_alive=version != "1.0" and parser.should_keep_alive(),
+            keep_alive=keep_alive,
             on_response=self.on_response_complete,
         )
-        cast(Any, scope)["extensions"] = {CONNECTION: cycle}
-        if before is None or before.response_complete:
-            self._start_asgi_task(cycle, self.app)
-        else:
-            self.flow.pause_reading()
-            self.pipeline.appendleft((cycle, self.app))
+        cast(Any, self.scope)["extensions"] = {CONNECTION: cycle}
+        return cycle
 
     def _should_upgrade(self) -> bool:
         return False
@@ -285,7 +392,7 @@ class Protocol(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """Closes the connection when nobody has used it for the time set."""
         self.timeout_keep_alive_task = None
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self.running is not None or (self.cycle is not None and not self.cycle.response_complete):
             return  # its end sets the timer again
         left = self._idle_since + self.timeout_keep_alive - self.loop.time()
         if left > 0.01:

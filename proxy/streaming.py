@@ -9,7 +9,7 @@ from proxy import capture, sse
 from proxy.answer import Answer, judge
 from proxy.client import Client, without_length
 from proxy.dialects.base import Dialect
-from proxy.errors import Broken
+from proxy.errors import Broken, Header
 from proxy.hangup import HangUp
 from proxy.record import Call
 
@@ -31,24 +31,30 @@ class Streaming:
         self._copied = 0
         self._ends = False
 
+    @property
+    def headers(self) -> list[Header]:
+        """The answer's, without a length that won't be true."""
+        shorter = self._stripping or self._call.hidden is not None
+        return without_length(self._answer.headers) if shorter else self._answer.headers
+
     async def run(self, hang_up: HangUp) -> None:
         """Until the upstream's end. Raises ClientGone, or Broken when the upstream breaks off."""
-        shorter = self._stripping or self._call.hidden is not None
-        headers = without_length(self._answer.headers) if shorter else self._answer.headers
-        await self._client.start(self._answer.status, headers)
+        await self._client.start(self._answer.status, self.headers)
+        await self.follow(hang_up)
+
+    async def follow(self, hang_up: HangUp) -> None:
+        """The same once the head is out. Raises as `run` does."""
         try:
             async for chunk in self._answer.chunks():
-                self._call.first_byte()
-                run = self._take(chunk)
-                if not self._ends:
+                complete = self._answer.complete
+                run, ends = self.pass_on(chunk, complete)
+                if not ends:
                     if run:
                         await self._client.body(run)
                     continue
-                self._ends = False
-                self._sum_up()
-                if self._answer.complete:
+                if complete:
                     hang_up.release()
-                    await self._client.last(run + self._rest)
+                    await self._client.last(run)
                     return
                 await self._client.last(run, more=True)
         except RatchetError as error:  # the head is out, so this can't become an error answer any more
@@ -59,6 +65,22 @@ class Streaming:
             self._sum_up()
         hang_up.release()
         await self._client.last(self._rest)
+
+    def pass_on(self, chunk: bytes, complete: bool) -> tuple[bytes, bool]:
+        """What is to be forwarded of a chunk, the last one where it is `complete`; and whether a client may take that
+        for the end: then the call is to be recorded first."""
+        self._call.first_byte()
+        run = self._take(chunk)
+        if not self._ends:
+            return run, False
+        self._ends = False
+        self._sum_up()
+        return run + self._rest if complete else run, True
+
+    def end(self) -> bytes:
+        """What is left to be forwarded where the answer has ended; the call is to be recorded first."""
+        self._sum_up()
+        return self._rest
 
     @property
     def _rest(self) -> bytes:

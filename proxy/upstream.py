@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import compress
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -26,6 +26,8 @@ from proxy import http1
 from proxy.balance import Balance, Group, Member
 from proxy.errors import BadRequest, Header, UpstreamError
 from proxy.http1_errors import ClosedEarly, ConnectFailed, ConnectTimeout, InvalidRequest, ReadTimeout, TransportError
+from proxy.http1_protocol import Connection
+from proxy.http1_response import Response
 from proxy.reply import HOP, RawReply, Reply, broken, late
 
 # Of a request: what belongs to this hop, what is asked anew, and what is a secret of this server.
@@ -61,6 +63,13 @@ class Target:
     train: bool = False  # whether token ids and logprobs are to be recorded
 
 
+class Plain(NamedTuple):
+    """A target that the own client speaks to, and its base as that client wants it."""
+
+    target: Target
+    base: http1.Target
+
+
 @dataclass(slots=True)
 class Request:
     """What is sent. `attempts` counts the times it was."""
@@ -77,6 +86,9 @@ class Request:
     given: list[Header] = field(default_factory=list)  # the client's headers, from which another target's are made
     keyed: bool = False
     unpacked: bool = False
+    stripping: bool = False  # whether the usage that the answer will tell was not asked for by the client
+    under_way: Response | None = None  # the answer to a first attempt that was made already
+    ago: float = 0.0  # seconds since that
 
 
 class AiohttpReply(Reply):
@@ -134,6 +146,7 @@ class Upstream:
             connect_timeout=self._settings.connect_timeout, read_timeout=self._settings.read_timeout, resend=False
         )
         self._bases: dict[str, http1.Target | None] = {}
+        self._plain: dict[tuple[str, str | None], Plain | None] = {}
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -179,6 +192,36 @@ class Upstream:
             )
         return self._session
 
+    def plain(self, service: str, model: str | None) -> "Plain | None":
+        """The target where a call for the model is relayed raw and nothing else; None for any other call."""
+        name = model if model in self._models else None
+        if (service, name) in self._plain:
+            return self._plain[service, name]
+        first = self._settings.first_byte_timeout
+        target = None if first is not None or self.shared(service, name) else self._routed(service, name)
+        base = None if target is None or target.params is not None or target.train else self._base(target)
+        found = None if base is None or target is None else Plain(target, base)
+        self._plain[service, name] = found
+        return found
+
+    def _routed(self, service: str, model: str | None) -> Target | None:
+        try:
+            return self.route(service, model)
+        except BadRequest:
+            return None
+
+    def ready(self, plain: "Plain") -> Connection | None:
+        """A connection that a call can be sent on at once; None where there is none."""
+        return self._client.ready(plain.base.origin)
+
+    def unused(self, connection: Connection) -> None:
+        """Nothing was sent on it after all."""
+        self._client.unused(connection)
+
+    def lines(self, plain: "Plain", tail: str, query: str, headers: list[Header]) -> bytes:
+        """The head of a POST, up to the length of its body. Raises InvalidRequest."""
+        return self._client.lines(b"POST", plain.base, _path(tail, query), headers)
+
     async def close(self) -> None:
         """Closes all connections."""
         await self._client.close()
@@ -194,7 +237,7 @@ class Upstream:
         """
         while True:
             request.attempts += 1
-            sent = time.monotonic()
+            sent = time.monotonic() - request.ago
             try:
                 if self._settings.first_byte_timeout is None:
                     return await self._once(request)
@@ -214,6 +257,10 @@ class Upstream:
                 await asyncio.sleep(0.02)
 
     async def _once(self, request: Request) -> Reply:
+        if request.under_way is not None:
+            begun, request.under_way, request.ago = request.under_way, None, 0.0
+            await begun.head()
+            return RawReply(begun)
         base = self._base(request.target)
         if base is None:
             return await self._by_aiohttp(request)
