@@ -135,7 +135,7 @@ class _Listener:
 
     def __init__(self, asked: Asked, batcher: "Batcher", told: Callable[..., None]) -> None:
         self.asked, self.batcher, self.told = asked, batcher, told
-        self.row: "Row | None" = None
+        self.row: Row | None = None
         self.text = ""
 
     def hear(self, delta: Any) -> None:
