@@ -4,18 +4,20 @@ A job's state is its latest `job` event. While a process works on it, that proce
 resumes what still runs.
 """
 
+import asyncio
+import contextlib
 import fcntl
 import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from collector.client import Client
-from collector.errors import Conflict, RatchetError
+from collector.errors import Conflict, RatchetError, Unavailable
 from optimize.patience import patiently
 
 REPORT_SECONDS = 2.0  # between two progress events at least
@@ -27,6 +29,16 @@ class JobCancelled(RatchetError):
     """Somebody cancelled the job; what was paid is kept."""
 
     code = "cancelled"
+
+
+class Told(Protocol):
+    """How a job ended."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+
+
+Ended = TypeVar("Ended", bound=Told)
 
 
 def new_job_id() -> str:
@@ -72,6 +84,24 @@ class Job:
     async def finish(self, status: str, result: Mapping[str, Any] | None = None) -> None:
         """Say how it ended: done, failed or cancelled."""
         await self._write(status, result)
+
+    async def run(self, steps: Callable[[], Awaitable[Ended]]) -> Ended:
+        """Do the steps and return their result, with the job's state kept true however they end."""
+        await self.start()
+        try:
+            result = await steps()
+        except (JobCancelled, asyncio.CancelledError):
+            await self._ended("cancelled")
+            raise
+        except Exception as error:  # boundary: whatever it was, the job's state must not stay "running"
+            await self._ended("failed", {"error": error.message if isinstance(error, RatchetError) else repr(error)})
+            raise
+        await self.finish("done", result.as_dict())
+        return result
+
+    async def _ended(self, status: str, result: Mapping[str, Any] | None = None) -> None:
+        with contextlib.suppress(Unavailable):  # then the lock alone tells that nobody works on it
+            await self.finish(status, result)
 
     async def _write(self, status: str, result: Mapping[str, Any] | None = None) -> None:
         event = {

@@ -1,7 +1,8 @@
-"""What `optimize apo` shows while it works, and at the end."""
+"""What jobs show while they work, and a search at the end."""
 
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.columns import Columns
 from rich.console import Console
@@ -18,19 +19,17 @@ if TYPE_CHECKING:
 NAMES = {"search": "search", "gate": "held-out test"}
 
 
-class Screen:
-    """A context with one progress bar a phase."""
+class Bars:
+    """A context with one progress bar a phase; `names` says which phases have one, and what it is called."""
 
-    def __init__(self, console: Console, job_id: str, resume: str | None = None) -> None:
-        self._console = console
-        self._job = job_id
+    def __init__(self, console: Console, job_id: str, names: Mapping[str, str], resume: str | None = None) -> None:
+        self._console, self._job, self._names = console, job_id, names
         self._resume = resume or f"ratchet jobs resume {job_id}"
         columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, TextColumn("{task.fields[belief]}"), console=console)
+        self._progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
         self._bars: dict[str, TaskID] = {}
-        self._best: str | None = None
 
-    def __enter__(self) -> "Screen":
+    def __enter__(self) -> Self:
         self._console.print(f"job {self._job}   (resume it after a break: {self._resume})", style="dim")
         self._progress.start()
         return self
@@ -40,17 +39,30 @@ class Screen:
     ) -> None:
         self._progress.stop()
 
+    def show(self, phase: str, done: int, total: int, message: str = "", note: str = "") -> None:
+        """Where the job stands: `done` of `total` of a phase, `note` behind its bar; `message` where there is news."""
+        if message:
+            self._console.print(escape(message), highlight=False)
+        if phase not in self._names or not total:
+            return
+        if phase not in self._bars:
+            self._bars[phase] = self._progress.add_task(self._names[phase], total=total, note="")
+        self._progress.update(self._bars[phase], completed=done, total=total, note=note)
+
+
+class Screen(Bars):
+    """The bars of a search."""
+
+    def __init__(self, console: Console, job_id: str, resume: str | None = None) -> None:
+        super().__init__(console, job_id, NAMES, resume)
+        self._best: str | None = None
+
     def update(self, stage: "Stage") -> None:
         """Show where the job stands."""
-        if stage.message and stage.phase != "done":
-            self._console.print(escape(stage.message), highlight=False)
-        if stage.phase not in NAMES:
-            return
-        if stage.phase not in self._bars:
-            self._bars[stage.phase] = self._progress.add_task(NAMES[stage.phase], total=stage.total, belief="")
-        belief = _belief(stage) if stage.phase == "search" else ""
         self._say_best(stage)
-        self._progress.update(self._bars[stage.phase], completed=stage.rollouts, total=stage.total, belief=belief)
+        message = "" if stage.phase == "done" else stage.message
+        belief = _belief(stage) if stage.phase == "search" else ""
+        self.show(stage.phase, stage.rollouts, stage.total, message, belief)
 
     def _say_best(self, stage: "Stage") -> None:
         """The best prompt so far, whenever it is another one; the first is the one to improve."""

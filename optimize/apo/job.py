@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from collector.client import Client
-from collector.errors import BadInput, NotFound, RatchetError, Unavailable
+from collector.errors import BadInput, NotFound, RatchetError
 from collector.settings import Settings
 from optimize.apo.costs import compare, within
 from optimize.apo.editor import LLMEditor
@@ -30,7 +30,7 @@ from optimize.budget import Budget
 from optimize.evaluate import JournalledEvaluator, tokens, version_hash
 from optimize.evaluation import Outcome, Request
 from optimize.gate import Verdict, decide
-from optimize.jobs import Job, JobCancelled, JobLock, decoded, new_job_id
+from optimize.jobs import Job, JobLock, decoded, new_job_id
 from optimize.joint import divide, join
 from optimize.patience import patiently
 from optimize.rollout import Rollout
@@ -150,16 +150,7 @@ class _Work:
     async def run(self) -> ApoResult:
         """All steps, with the job's state kept true however they end."""
         await self._count_earlier()
-        await self.job.start()
-        try:
-            result = await self._steps()
-        except (JobCancelled, asyncio.CancelledError):
-            await self._ended("cancelled")
-            raise
-        except Exception as error:  # boundary: whatever it was, the job's state must not stay "running"
-            await self._ended("failed", {"error": error.message if isinstance(error, RatchetError) else repr(error)})
-            raise
-        await self.job.finish("done", result.as_dict())
+        result = await self.job.run(self._steps)
         self._enter("done", 0, result.reason)
         return result
 
@@ -168,10 +159,6 @@ class _Work:
         with contextlib.suppress(NotFound):
             earlier = await patiently(lambda: self.client.job(self.job.job_id))
             self.budget.start_from(float(decoded(earlier, "progress").get("seconds") or 0.0))
-
-    async def _ended(self, status: str, result: dict[str, Any] | None = None) -> None:
-        with contextlib.suppress(Unavailable):  # then the lock alone tells that nobody works on it
-            await self.job.finish(status, result)
 
     async def _steps(self) -> ApoResult:
         began = time.monotonic()

@@ -4,13 +4,11 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from collector import settings
@@ -31,6 +29,7 @@ from optimize.cli import (
     to_end,
 )
 from optimize.connect import connect
+from optimize.screen import Bars
 
 if TYPE_CHECKING:
     from optimize.rl.job import RlResult, Stage
@@ -167,40 +166,14 @@ async def _work(
 
     job_id = job_id or new_job_id()
     key = os.environ.get("RATCHET_API_KEY")
-    with _Screen(out, job_id) as screen:
+    with Bars(out, job_id, PHASES) as bars:
+
+        def update(stage: "Stage") -> None:
+            bars.show(stage.phase, stage.done, stage.total, stage.message)
+
         return await run_rl(
-            spec, client, client.url, base, settings=config, api_key=key, job_id=job_id, on_progress=screen.update
+            spec, client, client.url, base, settings=config, api_key=key, job_id=job_id, on_progress=update
         )
-
-
-class _Screen:
-    """A context with one progress bar a phase, begun anew in each round."""
-
-    def __init__(self, out: Console, job_id: str) -> None:
-        self._out, self._job = out, job_id
-        columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=out)
-        self._bars: dict[str, TaskID] = {}
-
-    def __enter__(self) -> "_Screen":
-        self._out.print(f"job {self._job}   (resume it after a break: ratchet jobs resume {self._job})", style="dim")
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def update(self, stage: "Stage") -> None:
-        """Show where the job stands."""
-        if stage.message:
-            self._out.print(escape(stage.message), highlight=False)
-        if stage.phase not in PHASES or not stage.total:
-            return
-        if stage.phase not in self._bars:
-            self._bars[stage.phase] = self._progress.add_task(PHASES[stage.phase], total=stage.total)
-        self._progress.update(self._bars[stage.phase], completed=stage.done, total=stage.total)
 
 
 def show(result: "RlResult", out: Console) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from collector.client import Client
-from collector.errors import BadInput, RatchetError, Unavailable
+from collector.errors import BadInput, RatchetError
 from collector.settings import Settings
 from optimize.dataset import Task
 from optimize.gate import Verdict, decide
@@ -148,21 +148,7 @@ class _Work:
 
     async def run(self) -> RlResult:
         """All steps, with the job's state kept true however they end."""
-        await self.job.start()
-        try:
-            result = await self._steps()
-        except (JobCancelled, asyncio.CancelledError):
-            await self._ended("cancelled")
-            raise
-        except Exception as error:  # boundary: whatever it was, the job's state must not stay "running"
-            await self._ended("failed", {"error": error.message if isinstance(error, RatchetError) else repr(error)})
-            raise
-        await self.job.finish("done", result.as_dict())
-        return result
-
-    async def _ended(self, status: str, result: dict[str, Any] | None = None) -> None:
-        with contextlib.suppress(Unavailable):  # then the lock alone tells that nobody works on it
-            await self.job.finish(status, result)
+        return await self.job.run(self._steps)
 
     async def _steps(self) -> RlResult:
         began = time.monotonic()
