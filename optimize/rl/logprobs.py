@@ -1,6 +1,7 @@
 """Log-probabilities of the tokens that a model wrote, at no more positions than needed.
 
-Two savings over running every row whole. A beginning that all rows of a batch share (instructions and demonstrations)
+Three savings over running every row whole. Rows that are the same (an agent that answers alike, several times) are
+computed once. A beginning that all rows of a batch share (instructions and demonstrations)
 is computed once, its keys and values serving all rows, with its gradient. And the output layer, on small models most
 of the work, is applied to the written tokens alone.
 """
@@ -38,6 +39,25 @@ def token_logprobs(
     `input_ids` and `attention_mask` (B, P + T): prompts padded on the left, completions on the right. `model` is a
     causal language model, as PEFT wraps it or not.
     """
+    if share and len(input_ids) > 1:
+        firsts, places = _distinct(torch.cat([input_ids, attention_mask, wrote], dim=1))
+        if len(firsts) < len(input_ids):
+            found = _token_logprobs(model, input_ids[firsts], attention_mask[firsts], wrote[firsts], share)
+            return found[0][places], found[1][places]
+    return _token_logprobs(model, input_ids, attention_mask, wrote, share)
+
+
+def _distinct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of rows (B, N): where each different one stands first (K,), and which of these K each row equals (B,)."""
+    unique, places = torch.unique(rows, dim=0, return_inverse=True)
+    order = torch.arange(len(rows), device=rows.device)
+    firsts = order.new_full((len(unique),), len(rows)).scatter_reduce(0, places, order, "amin")
+    return firsts, places
+
+
+def _token_logprobs(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, wrote: torch.Tensor, share: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     width = wrote.shape[1]
     lead = input_ids.shape[1] - width
     starts = (attention_mask.cumsum(1) == 0).sum(1)

@@ -1,5 +1,6 @@
 """How a row picks its next token: greedy, or by its own random numbers, so that company never changes its answer."""
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -44,12 +45,16 @@ class Picker:
         if settings.temperature == 0:
             token = int(logits.argmax())
         else:
-            token = draw(logits / settings.temperature, settings.top_p, self._random.random())
+            heated = logits if settings.temperature == 1 else logits / settings.temperature
+            token = draw(heated, settings.top_p, self._random.random())
         if settings.logprobs is None:
             return Picked(token)
-        logprobs = torch.log_softmax(logits, dim=-1)
-        values, ids = logprobs.topk(settings.logprobs)
-        return Picked(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+        total = torch.logsumexp(logits, dim=-1)
+        logprob = float(logits[token] - total)
+        if settings.logprobs == 0:
+            return Picked(token, logprob)
+        values, ids = logits.topk(settings.logprobs)
+        return Picked(token, logprob, tuple(zip(ids.tolist(), (values - total).tolist(), strict=True)))
 
 
 def draw(logits: torch.Tensor, top_p: float, uniform: float) -> int:
@@ -58,13 +63,29 @@ def draw(logits: torch.Tensor, top_p: float, uniform: float) -> int:
     With top_p < 1 only the smallest set of likeliest tokens whose mass reaches top_p (Holtzman et al. 2020,
     arXiv:1904.09751).
     """
-    probabilities = torch.softmax(logits.double(), dim=-1)
-    order = None
-    if top_p < 1:
-        probabilities, order = probabilities.sort(descending=True, stable=True)
-        kept = int((probabilities.cumsum(0) < top_p).sum()) + 1
-        probabilities = probabilities[:kept]
-    mass = probabilities.cumsum(0)
-    at = int(torch.searchsorted(mass, uniform * float(mass[-1]), right=True))
-    at = min(at, len(mass) - 1)
-    return at if order is None else int(order[at])
+    if top_p == 1:
+        return _drawn(torch.exp(logits - logits.max()), uniform)
+    probabilities, order = torch.softmax(logits.double(), dim=-1).sort(descending=True, stable=True)
+    kept = int((probabilities.cumsum(0) < top_p).sum()) + 1
+    mass = probabilities[:kept].cumsum(0)
+    return int(order[_place(mass, uniform * float(mass[-1]))])
+
+
+def _drawn(weights: torch.Tensor, uniform: float) -> int:
+    """The place where the running sum of weights (n,) passes `uniform` of the whole.
+
+    By blocks first: only one block needs a running sum, which over a whole vocabulary costs more than the rest.
+    """
+    side = math.isqrt(len(weights) - 1) + 1
+    blocks = torch.nn.functional.pad(weights, (0, -len(weights) % side)).view(-1, side)
+    sums = blocks.sum(dim=1, dtype=torch.float64).cumsum(0)
+    target = uniform * float(sums[-1])
+    block = _place(sums, target)
+    before = float(sums[block - 1]) if block else 0.0
+    within = _place(blocks[block].double().cumsum(0), target - before)
+    return min(block * side + within, len(weights) - 1)
+
+
+def _place(mass: torch.Tensor, target: float) -> int:
+    """The first place of running sums (n,) that is above the target."""
+    return min(int(torch.searchsorted(mass, target, right=True)), len(mass) - 1)

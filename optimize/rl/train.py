@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
@@ -24,7 +25,8 @@ from optimize.rl.methods import Method, method
 from optimize.rl.rows import Report, Row, matching
 from optimize.rl.trainer import Collapsed, LoggedTrainer
 
-SCORED_AT_ONCE = 8
+# Positions (rows times the longest) that a forward pass without gradients takes at once.
+SCORED_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,7 @@ def score(model: Any, rows: Sequence[Row], pad: int) -> list[list[float]]:
     was_training = model.training
     model.eval()
     scored: list[list[float]] = [[] for _ in rows]
-    order = sorted(range(len(rows)), key=lambda index: rows[index].tokens)
-    for at in range(0, len(rows), SCORED_AT_ONCE):
-        some = order[at : at + SCORED_AT_ONCE]
+    for some in _passes(rows):
         batch = collate([rows[index] for index in some], pad, ratio=False, reference=None)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
@@ -106,6 +106,22 @@ def score(model: Any, rows: Sequence[Row], pad: int) -> list[list[float]]:
             scored[index] = line[: len(rows[index].mask)]
     model.train(was_training)
     return scored
+
+
+def _passes(rows: Sequence[Row]) -> list[list[int]]:
+    """Row numbers, a list for each pass: of like length, and equal rows side by side (they are computed once)."""
+    passes: list[list[int]] = []
+    for index in sorted(range(len(rows)), key=lambda index: (rows[index].tokens, _content(rows[index]))):
+        if passes and (len(passes[-1]) + 1) * rows[index].tokens <= SCORED_AT_ONCE:
+            passes[-1].append(index)
+        else:
+            passes.append([index])
+    return passes
+
+
+def _content(row: Row) -> tuple[tuple[int, ...], ...]:
+    """What the model reads and writes in a row."""
+    return row.prompt_ids, row.completion_ids, row.mask
 
 
 def check_versions(
@@ -171,7 +187,7 @@ def train(
     report = report or Report()
     if versions is not None:
         rows = check_versions(model, rows, versions, pad, report)
-    rows = usable(rows, how)
+    rows = usable(rows, how, spec.beta)
     guard = Guard(spec.limits, on_step)
     trainer = _trainer(model, tokenizer, rows, spec, how, work, guard)
     trainer.remove_callback(PrinterCallback)  # it writes to stdout, which belongs to --json
@@ -202,18 +218,36 @@ def train(
     return Trained(out, steps, len(rows), time.monotonic() - began, guard.curves)
 
 
-def usable(rows: Sequence[Row], how: Method) -> list[Row]:
-    """What the method learns from. Raises BadInput where that is nothing."""
+def usable(rows: Sequence[Row], how: Method, beta: float = 0.0) -> list[Row]:
+    """What the method learns from. Raises BadInput where that is nothing.
+
+    Methods that imitate take each different answer once, as rejection sampling does (Yuan et al. 2023): what the model
+    says most anyway would count most else. The others leave out rows whose advantages are all 0 (every answer to
+    the task earned the same): without a penalty (`beta`) no gradient comes from them.
+    """
     if how.positive:
         best = max((value for row in rows for value in row.advantages), default=0.0)
         if best <= 0:
             raise BadInput("no step did better than expected: there is nothing to imitate", param="method")
-        rows = [_kept(row, best) for row in rows if any(value > 0 for value in row.advantages)]
-    elif how.trainer == "logged" and not any(value for row in rows for value in row.advantages):
-        raise BadInput("every advantage is 0: all answers to a task earned the same", param="credit")
+        rows = _different([_kept(row, best) for row in rows if any(value > 0 for value in row.advantages)])
+    elif how.trainer == "logged":
+        if not any(value for row in rows for value in row.advantages):
+            raise BadInput("every advantage is 0: all answers to a task earned the same", param="credit")
+        rows = [row for row in rows if beta or any(row.advantages)]
     if not rows:
         raise BadInput("no row is left to learn from", param="rows")
     return list(rows)
+
+
+def _different(rows: Sequence[Row]) -> list[Row]:
+    """One of each set of equal rows, with the mean of their advantages."""
+    groups: dict[tuple[tuple[int, ...], ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_content(row), []).append(row)
+    return [
+        replace(same[0], advantages=tuple(map(float, np.mean([row.advantages for row in same], axis=0))))
+        for same in groups.values()
+    ]
 
 
 def _kept(row: Row, best: float) -> Row:
@@ -233,11 +267,11 @@ def _trainer(
     from optimize.rl import preference
 
     if how.trainer == "sft":
-        from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
+        from trl import SFTConfig  # type: ignore[attr-defined]
 
         records = preference.sft_records(rows)
         args = SFTConfig(**_arguments(spec, how, work, len(records)), max_length=None)
-        return SFTTrainer(model, args, train_dataset=preference.dataset(records), processing_class=tokenizer)
+        return preference.ReadySFT(model, args, train_dataset=preference.dataset(records), processing_class=tokenizer)
     from trl import DPOConfig, KTOConfig  # type: ignore[attr-defined]
 
     kto = how.trainer == "kto"

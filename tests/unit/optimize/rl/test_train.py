@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("trl", reason="training needs the extra `rl`")
 
 from safetensors.torch import load_file
+from trl import SFTTrainer
 
 from collector.engines import EngineFailed, HttpEngine, Served, try_out
 from collector.errors import BadInput
@@ -25,7 +26,7 @@ from optimize.rl.methods import METHODS, method
 from optimize.rl.model import LanguageModel
 from optimize.rl.preference import dpo_records, kto_records, sft_records
 from optimize.rl.rows import Report, Row
-from optimize.rl.train import TrainSpec, check_versions, load_base, score, train, usable, wrap
+from optimize.rl.train import TrainSpec, _trainer, check_versions, load_base, score, train, usable, wrap
 from tests.unit.optimize.rl.conftest import served, tiny_gemma
 
 pytestmark = [
@@ -100,7 +101,7 @@ def test_the_trained_adapter_is_served_by_the_engine(tiny_directory: Path, tmp_p
 def test_an_engine_is_told_from_another_adapter_by_the_fixed_answers(tiny_directory: Path, tmp_path: Path) -> None:
     """The canary that comes with an adapter passes under it, and fails where the base is served in its name."""
     train(
-        tiny_directory, rows(), spec("rft", epochs=6, limits=Limits(most_kl=1e9)), tmp_path / "a", work=tmp_path / "w"
+        tiny_directory, rows(), spec("rft", epochs=12, limits=Limits(most_kl=1e9)), tmp_path / "a", work=tmp_path / "w"
     )
     engine = Engine(LanguageModel.load(tiny_directory), "tiny")
     engine.model.adapters.load("a", tmp_path / "a")
@@ -212,6 +213,38 @@ def test_nothing_to_learn_from_is_said(tiny_directory: Path) -> None:
         kto_records([rows()[0]])
     with pytest.raises(BadInput, match="better and worse answers to one prompt"):
         dpo_records([rows()[1]])
+
+
+def test_methods_that_imitate_take_each_different_answer_once() -> None:
+    often = [replace(row, advantages=(0.25 * (1 + index),) * len(row.mask)) for index, row in enumerate(rows()[1::2])]
+    kept = usable(often, method("rft"))
+    assert [row.prompt_ids[-1] for row in kept] == [13, 14]
+    # Of 0.25, 0.5, 0.75, 1: the first and third are to one prompt, the others to another.
+    assert [row.advantages for row in kept] == [(0.5, 0.5), (0.75, 0.75)]
+
+
+def test_rows_that_no_gradient_comes_from_are_left_out_where_nothing_else_weighs() -> None:
+    flat = [replace(row, advantages=(0.0,) * len(row.mask)) for row in rows()[:3]]
+    assert usable([*flat, *rows()[3:]], method("grpo")) == rows()[3:]
+    assert len(usable([*flat, *rows()[3:]], method("grpo"), beta=0.1)) == 8
+
+
+def test_the_loss_of_plain_likelihood_is_trls_own(tiny_directory: Path, tmp_path: Path) -> None:
+    """Prompts of different lengths, a masked token, a beginning shared by all."""
+    first = tuple(range(60, 75))
+    made = [
+        replace(row, prompt_ids=(*first, *row.prompt_ids[: 1 + index % 3]), mask=(1, 0, 1)[: len(row.mask)])
+        for index, row in enumerate(rows())
+    ]
+    model, tokenizer = load_base(tiny_directory)
+    model = wrap(model, spec("sft"), None)
+    trainer = _trainer(model, tokenizer, made, spec("sft"), method("sft"), tmp_path, Guard(Limits()))
+    batch = trainer.data_collator([dict(one) for one in trainer.train_dataset])
+    found, wanted = trainer.compute_loss(model, dict(batch)), SFTTrainer.compute_loss(trainer, model, dict(batch))
+    learned = [one for one in model.parameters() if one.requires_grad]
+    assert found.item() == pytest.approx(wanted.item(), abs=1e-5)
+    pairs = zip(torch.autograd.grad(found, learned), torch.autograd.grad(wanted, learned), strict=True)
+    assert all(torch.allclose(one, two, atol=1e-5, rtol=1e-4) for one, two in pairs)
 
 
 def test_datasets_are_made_of_ids_and_rewards() -> None:

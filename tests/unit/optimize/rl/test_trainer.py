@@ -209,6 +209,23 @@ def padded(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids, mask, batch["tool_mask"]
 
 
+def test_equal_rows_are_computed_once_and_weigh_as_often_as_they_are_there() -> None:
+    one, two = rows_of(2)
+    model = adapted(tiny_llama())
+    seen: list[int] = []
+    layer = model.get_base_model().model.layers[0]
+    layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[0]))
+    found = []
+    for share in (True, False):
+        ids, mask, wrote = padded([one, two, one, one])
+        logprobs, _ = token_logprobs(model, ids, mask, wrote, share=share)
+        gradients = torch.autograd.grad((logprobs * wrote).sum(), [p for p in model.parameters() if p.requires_grad])
+        found.append((logprobs, gradients))
+    assert seen == [2, 4]
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
+    assert all(torch.allclose(one, two, atol=1e-4) for one, two in zip(found[0][1], found[1][1], strict=True))
+
+
 def test_a_shared_beginning_is_computed_once() -> None:
     rows = rows_of(4, shared=40)
     model = adapted(tiny_llama())
