@@ -1,11 +1,14 @@
 """The capital city agent, trained for real on the local model: `python -m bench.capital [--seeds 3] [--methods ...]`.
 
 Baseline, prompt only, SFT on gold answers, RFT and GRPO, on the same split into training, validation and held-out
-countries. Everything is chosen on validation; each held-out country is asked once, greedily, at the end.
+countries. Everything is chosen on validation; each held-out country is asked once, greedily, at the end. With
+`--keep FILE` every finished method of a seed is a line there, and is not measured again: a broken run goes on, and
+several may measure different seeds at once (`--threads 1`).
 """
 
 import argparse
 import json
+import os
 import tempfile
 import threading
 import time
@@ -13,6 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+# Threads that wait by sleeping: several times faster on a machine with other work. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 from rich.console import Console
@@ -57,7 +63,7 @@ class Answer:
 class Model:
     """The local model, answering many prompts at once, each as the engine would."""
 
-    def __init__(self, directory: Path, batch: int = 32) -> None:
+    def __init__(self, directory: Path, batch: int = 64) -> None:
         self.language = LanguageModel.load(directory)
         self._batch = batch
 
@@ -118,8 +124,8 @@ def rows_of(answers: Sequence[Answer], version: str, method: str) -> tuple[list[
         episodes.append(Episode(name, [step], judged, one.reward))
         calls.append(Call(f"s{index}", name, 0, version, True, one.prompt, one.ids, one.logprobs))
         rewards[name] = one.reward
-    key = (lambda episode: "all") if method == "rft" else None
-    given = credit.assign(episodes, "leave_one_out", key=key)
+    key = {one.episode_id: "all" if method == "rft" else one.steps[0].input_messages[0]["content"] for one in episodes}
+    given = credit.assign(episodes, "leave_one_out" if method == "rft" else "group", key=key)
     return build(calls, {one.span_id: one.advantage for one in given}, Rules(), rewards)
 
 
@@ -151,38 +157,43 @@ class Setting:
 
 SETTINGS = {
     "sft": Setting(TrainSpec("sft", epochs=3, batch_size=8, learning_rate=2e-4)),
-    "rft": Setting(TrainSpec("rft", epochs=2, batch_size=16, learning_rate=2e-4), rounds=3),
-    "grpo": Setting(TrainSpec("grpo", epochs=1, batch_size=16, learning_rate=1e-4), rounds=3),
+    "rft": Setting(TrainSpec("rft", epochs=3, batch_size=8, learning_rate=2e-4), rounds=3),
+    "grpo": Setting(TrainSpec("grpo", epochs=1, batch_size=8, learning_rate=1e-4), rounds=3),
 }
 
 
 class Study:
-    """One seed: its split, its adapters."""
+    """One seed: its split, its adapters. What the base model answers to is asked once for all methods."""
 
     def __init__(self, model: Model, seed: int, home: Path, say: Any) -> None:
         self.model, self.seed, self.home, self.say = model, seed, home, say
         rest, self.held = split(load_tasks(TASKS), HELD_OUT, seed)
         self.training, self.validation = split(rest, VALIDATION, seed)
-        self.seconds: dict[str, float] = {}
+        self._base: dict[tuple[int, float], list[Answer]] = {}
+        self._base_validation: float | None = None
 
-    def run(self, method: str, setting: Setting | None = None) -> dict[str, Any]:
-        """The method's figures: exact answers on validation, and held out, greedy and at temperature 1."""
-        began = time.monotonic()
-        system, adapter, history = AGENT, None, []
+    def run(self, method: str, setting: Setting | None = None, *, test: bool = True) -> dict[str, Any]:
+        """The method's figures: exact answers on validation, and (with `test`) held out, greedy and at temperature 1.
+
+        `seconds` by the clock, `cpu_seconds` of all cores together.
+        """
+        began, spent = time.monotonic(), time.process_time()
+        system, adapter = AGENT, None
+        history: list[dict[str, Any]] = []
         if method == "prompt":
             system = self.prompted()
         elif method != "baseline":
             adapter, history = self.learn(method, setting or SETTINGS[method])
-        ask = {"adapter": adapter, "system": system}
-        greedy = self.model.answers(self.held, temperature=0, **ask)
-        sampled = self.model.answers(self.held, temperature=1, seed=self.seed + 900, **ask)
-        return {
-            "greedy": [float(one.reward >= 1.0) for one in greedy],
-            "contains": float(np.mean([one.reward > 0 for one in greedy])),
-            "sampled": exact(sampled),
-            "history": history,
-            "seconds": time.monotonic() - began,
-        }
+        found: dict[str, Any] = {"history": history}
+        if test:
+            ask: dict[str, Any] = {"adapter": adapter, "system": system}
+            greedy = self.model.answers(self.held, temperature=0, **ask)
+            sampled = self.model.answers(self.held, temperature=1, seed=self.seed + 900, **ask)
+            found["greedy"] = [float(one.reward >= 1.0) for one in greedy]
+            found["contains"] = float(np.mean([one.reward > 0 for one in greedy]))
+            found["sampled"] = exact(sampled)
+        found |= {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - spent}
+        return {**found, "load": os.getloadavg()[2]}
 
     def prompted(self) -> str:
         """The agent's prompt with two training examples in it."""
@@ -192,7 +203,9 @@ class Study:
 
     def learn(self, method: str, setting: Setting) -> tuple[str | None, list[dict[str, Any]]]:
         """Train round after round; the best version on validation, as its name, and what happened."""
-        best, best_name, parent, name = self._validate(None), None, None, None
+        if self._base_validation is None:
+            self._base_validation = self._validate(None)
+        best, best_name, parent, name = self._base_validation, None, None, None
         history: list[dict[str, Any]] = [{"round": 0, "validation": best}]
         for number in range(1, setting.rounds + 1):
             began = time.monotonic()
@@ -207,7 +220,7 @@ class Study:
             trained = time.monotonic()
             value = self._validate(name)
             history.append(
-                {"round": number, "validation": value, "reward": reward, "rows": made.rows, "steps": made.steps,
+                {"round": number, "validation": value, "reward": reward, "learned": made.rows, "steps": made.steps,
                  "curve": made.curves[-1], "collect_s": collected - began, "train_s": trained - collected,
                  "validate_s": time.monotonic() - trained, **report.as_dict()}
             )  # fmt: skip
@@ -222,7 +235,13 @@ class Study:
         if method == "sft":
             return gold_rows(self.model, self.training), Report(), None
         seed = 1000 * self.seed + number
-        answers = self.model.answers(self.training, temperature=1, count=setting.samples, adapter=name, seed=seed)
+        how: dict[str, Any] = {"temperature": 1, "count": setting.samples, "seed": seed}
+        if name is None:
+            known = self._base.get((setting.samples, seed))
+            answers = known or self.model.answers(self.training, **how)
+            self._base[setting.samples, seed] = answers
+        else:
+            answers = self.model.answers(self.training, adapter=name, **how)
         rows, report = rows_of(answers, name or "base", method)
         return rows, report, float(np.mean([one.reward for one in answers]))
 
@@ -235,28 +254,34 @@ class Study:
         return exact(self.model.answers(self.validation, temperature=0, adapter=name))
 
 
-def measure(
-    seeds: Sequence[int], methods: Sequence[str], say: Any, out: Path | None = None
-) -> dict[str, list[dict[str, Any]]]:
-    """Method -> one entry a seed; kept in `out` as they come."""
-    use_threads()
+Found = dict[str, list[dict[str, Any]]]
+
+
+def read(paths: Sequence[Path], methods: Sequence[str] = METHODS) -> Found:
+    """Method -> one entry a seed, of files that `--keep` wrote."""
+    lines = [json.loads(line) for path in paths if path.is_file() for line in path.read_text().splitlines()]
+    lines.sort(key=lambda entry: entry["seed"])
+    return {name: entries for name in methods if (entries := [one for one in lines if one["method"] == name])}
+
+
+def measure(seeds: Sequence[int], methods: Sequence[str], say: Any, kept: Path, threads: int = 0) -> None:
+    """Measure what is not in `kept` yet, a line as soon as it is known."""
+    use_threads(threads)
     model = Model(MODEL)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
+    done = {(entry["seed"], name) for name, entries in read([kept]).items() for entry in entries}
     with tempfile.TemporaryDirectory() as home:
         for seed in seeds:
             study = Study(model, seed, Path(home), say)
-            for name in methods:
-                entry = {"seed": seed, **study.run(name)}
-                found[name].append(entry)
-                if out is not None:
-                    out.write_text(json.dumps(found) + "\n")
+            for name in (one for one in methods if (seed, one) not in done):
+                entry = {"seed": seed, "method": name, **study.run(name)}
+                with kept.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
                 say(f"seed {seed} {name}: {np.mean(entry['greedy']):.3f} exact, {entry['seconds']:.0f} s")
-    return found
 
 
-def table(found: dict[str, list[dict[str, Any]]]) -> Table:
+def table(found: Found) -> Table:
     """A line a method: mean over seeds with an interval over countries and seeds."""
-    shown = Table("method", "greedy exact", "95 %", "by seed", "T=1 exact", "contains", "seconds a seed")
+    shown = Table("method", "greedy exact", "95 %", "by seed", "T=1 exact", "contains", "seconds a seed", "of CPU")
     for name, entries in found.items():
         pooled = [value for entry in entries for value in entry["greedy"]]
         low, high = interval(pooled)
@@ -269,6 +294,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> Table:
             f"{np.mean([entry['sampled'] for entry in entries]):.3f}",
             f"{np.mean([entry['contains'] for entry in entries]):.3f}",
             f"{np.mean([entry['seconds'] for entry in entries]):.0f}",
+            f"{np.mean([entry['cpu_seconds'] for entry in entries]):.0f}",
         )
     return shown
 
@@ -279,28 +305,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--out", type=Path, help="keep the raw figures there and not in bench/results")
+    parser.add_argument("--threads", type=int, default=0, help="0: one a core")
+    parser.add_argument("--keep", type=Path, help="keep the raw figures there, and go on with what is there")
     parser.add_argument("--merge", type=Path, nargs="+", help="instead of measuring: make one result of such files")
     asked = parser.parse_args()
     console = Console()
-    began = time.monotonic()
-    if asked.merge:
-        pooled: dict[str, list[dict[str, Any]]] = {}
-        for path in asked.merge:
-            for name, entries in json.loads(path.read_text()).items():
-                if entries:  # a run that was broken off has none for its last method
-                    pooled.setdefault(name, []).extend(entries)
-        console.print(table(pooled))
-        keep(pooled, sum(entry["seconds"] for entries in pooled.values() for entry in entries))
-        return
-    seeds = range(asked.first, asked.first + asked.seeds)
-    found = measure(seeds, asked.methods.split(","), lambda line: console.print(line, highlight=False), asked.out)
+    with tempfile.TemporaryDirectory() as folder:
+        kept = asked.keep or Path(folder) / "capital.jsonl"
+        if not asked.merge:
+            seeds = range(asked.first, asked.first + asked.seeds)
+            say = lambda line: console.print(line, highlight=False)  # noqa: E731
+            measure(seeds, asked.methods.split(","), say, kept, asked.threads)
+        found = read(asked.merge or [kept])
     console.print(table(found))
-    if asked.out is None:
-        keep(found, time.monotonic() - began)
+    if asked.merge or asked.keep is None:
+        keep(found)
 
 
-def keep(found: dict[str, list[dict[str, Any]]], seconds: float) -> None:
+def keep(found: Found) -> None:
     """Write bench/results/capital.json and its picture."""
     import matplotlib
 
@@ -313,8 +335,9 @@ def keep(found: dict[str, list[dict[str, Any]]], seconds: float) -> None:
     bounds = {name: interval([one for entry in entries for one in entry["greedy"]]) for name, entries in found.items()}
     for name, entries in found.items():
         result.measures[f"{name}, seconds a seed"] = float(np.mean([entry["seconds"] for entry in entries]))
+        result.measures[f"{name}, CPU seconds a seed"] = float(np.mean([entry["cpu_seconds"] for entry in entries]))
     result.notes = {"seeds": means, "ci95": bounds, "runs": found}
-    result.write(seconds)
+    result.write(sum(entry["seconds"] for entries in found.values() for entry in entries))
     pyplot.figure(figsize=(6, 3.5))
     heights = [result.measures[name] for name in means]
     errors = [[height - bounds[name][0] for name, height in zip(means, heights, strict=True)],
