@@ -27,7 +27,7 @@ TASK_BYTES_IN_ENVIRONMENT = 100_000
 # Newest episodes of all runs; a constant, so that no query is made of text. What it misses is asked for one by one.
 RECENT = """
 select episode_id, steps, input_tokens, output_tokens, cost_usd, errors, reward from episodes_v
-where starts_with(episode_id, 'run-') order by start_ns desc
+where episode_id like 'run-%' order by start_ns desc
 """
 
 
