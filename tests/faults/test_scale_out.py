@@ -23,7 +23,8 @@ from tests.unit.collector.rows import call as row
 from tests.wire import Wire, wire
 
 KEY = "the-hub-key-of-this-test"
-BACKLOG = int(os.environ.get("RATCHET_BACKLOG", "400"))  # segments; an hour of a busy worker is 3,600
+CONFIGS = Path(__file__).parents[2] / "configs"
+BACKLOG = int(os.environ.get("RATCHET_BACKLOG", "150"))  # segments; an hour of a busy worker is 3,600
 
 
 @dataclass
@@ -66,9 +67,9 @@ def keyed(server: Served, method: str, path: str, body: object = None) -> dict[s
 
 @contextlib.contextmanager
 def serve_hub(folder: Path, upstream: FakeUpstream) -> Iterator[Served]:
-    config = folder / "hub.yaml"
-    config.write_text(yaml.safe_dump({"server": {"keys": [{"name": "hub", "key": KEY, "scopes": ["admin"]}]}}))
-    with served(folder / "hub", upstream.url, config=config) as server:
+    config = CONFIGS / "compose-collector.yaml"
+    environ = {"RATCHET_COLLECTOR_KEY": KEY, "RATCHET_STORE_URL": ""}
+    with served(folder / "hub", upstream.url, "--host", "127.0.0.1", config=config, **environ) as server:
         yield server
 
 
@@ -116,9 +117,9 @@ def test_an_outage_loses_and_doubles_nothing_whoever_is_killed(net: Net) -> None
     for traffic in traffics:
         traffic.start(clients=2)
     try:
-        more(traffics, 20)
+        more(traffics, 10)
         net.wire.cut()
-        more(traffics, 20)
+        more(traffics, 10)
         first, second = net.hosts
         away = httpx.get(f"{first.url}/api/episodes")
         assert (away.status_code, away.json()["error"]["code"]) == (503, "collector_away")
@@ -126,7 +127,7 @@ def test_an_outage_loses_and_doubles_nothing_whoever_is_killed(net: Net) -> None
         until(lambda: httpx.get(f"{second.url}/healthz").json()["backlog"]["segments"] > 0, 5, "the backlog is shown")
         planted = plant(first.data_dir, BACKLOG)
         net.restart_hub()
-        more(traffics, 20)
+        more(traffics, 10)
         net.wire.cut_after = 10_000  # breaks a connection in the middle of a segment
         net.wire.join(net.hub.url)
         until(lambda: keyed(net.hub, "GET", "/api/stats")["inbox"]["segments"] > 20, 30, "the backlog arrives")  # type: ignore[call-overload]
@@ -134,7 +135,7 @@ def test_an_outage_loses_and_doubles_nothing_whoever_is_killed(net: Net) -> None
         strike(first, "collector")
         until(lambda: len(list((first.data_dir / "journal").glob("*.ndjson"))) < BACKLOG // 2, 60, "it goes on")
         strike(net.hub, "collector")
-        more(traffics, 20)
+        more(traffics, 10)
     finally:
         for traffic in traffics:
             traffic.stop()
