@@ -1,7 +1,9 @@
 """`python -m bench.apo [--seeds N] [--worlds a,b]`: ours beside the real gepa and the real APO of agentlightning.
 
 Simulated worlds whose optimum is known, the same scripted editor for each. Writes bench/results/apo.json, apo.csv (one
-line a run) and apo.svg.
+line a run) and apo.svg. `NULL_RUNS=1000` in the environment (or --nulls) sets how many searches in all run where
+nothing helps. `--keep-peers` takes the peers' lines from the last apo.csv: their searches depend on nothing but the
+world and the seed.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
+from scipy.stats import binomtest
 
 from bench.apo import agentlightning, picture
 from bench.apo.peers import factorial, gepa
@@ -85,21 +88,39 @@ def _at(curve: Sequence[tuple[int, float]], rollouts: int) -> float:
     return next((score for spent, score in reversed(curve) if spent <= rollouts), 0.0)
 
 
-def collect(worlds: Sequence[str], seeds: int, nulls: int, jobs: int) -> list[Line]:
-    """Every run, spread over processes; agentlightning's in an environment of its own, absent where there is none."""
-    lines: list[Line] = []
+def kept(path: Path, worlds: Sequence[str], seeds: int) -> list[Line]:
+    """The peers' lines of an earlier run, of these worlds and seeds."""
+    with path.open(newline="") as file:
+        lines: list[Line] = [
+            {**line, "seed": int(line["seed"]), "budget": int(line["budget"]), "score": float(line["score"])}
+            for line in csv.DictReader(file)
+            if line["engine"] != "ratchet"
+        ]
+    return [line for line in lines if line["world"] in worlds and line["seed"] < seeds]
+
+
+def collect(
+    worlds: Sequence[str], seeds: int, nulls: int, jobs: int, peers: Sequence[Line] | None = None
+) -> list[Line]:
+    """Every run, spread over processes; agentlightning's in an environment of its own, absent where there is none.
+
+    `peers`: their lines, where they need not run again.
+    """
+    lines: list[Line] = list(peers or ())
     scored = [name for name in worlds if name in SCORED]
     with ProcessPoolExecutor(jobs) as pool, _bar() as bar:
         calls = [
             pool.submit(ours, name, seed, budget) for name in scored for seed in range(seeds) for budget in BUDGETS
         ]
-        calls += [
-            pool.submit(theirs, name, seed, budget) for name in scored for seed in range(seeds) for budget in BUDGETS
-        ]
-        calls += [
-            pool.submit(ours, name, seed, BUDGETS[0]) for name in NULLS if name in worlds for seed in range(nulls)
-        ]
-        if agentlightning.python() is not None:
+        calls += [pool.submit(ours, name, seed, BUDGETS[0]) for name, seed in _null_runs(worlds, nulls)]
+        if peers is None:
+            calls += [
+                pool.submit(theirs, name, seed, budget)
+                for name in scored
+                for seed in range(seeds)
+                for budget in BUDGETS
+            ]
+        if peers is None and agentlightning.python() is not None:
             calls += [pool.submit(agentlightning.runs, name, seeds, BUDGETS) for name in scored]
         task = bar.add_task("searches", total=len(calls))
         for call in as_completed(calls):
@@ -107,6 +128,12 @@ def collect(worlds: Sequence[str], seeds: int, nulls: int, jobs: int) -> list[Li
             lines += done if isinstance(done, list) else [done]
             bar.advance(task)
     return lines
+
+
+def _null_runs(worlds: Sequence[str], count: int) -> list[tuple[str, int]]:
+    """`count` null searches, (world, seed), in turn."""
+    names = [name for name in NULLS if name in worlds]
+    return [(names[run % len(names)], run // len(names)) for run in range(count)] if names else []
 
 
 def _bar() -> Progress:
@@ -135,9 +162,16 @@ def measure(result: Result, lines: Sequence[Line]) -> None:
     mine = [line for line in lines if line["engine"] == "ratchet"]
     null = [line for line in mine if line["world"] in NULLS]
     if null:
-        result.measures["null_promotions"] = float(np.mean([line["promoted"] for line in null]))
+        promoted = sum(line["promoted"] for line in null)
+        exact = binomtest(promoted, len(null)).proportion_ci(0.95, "exact")
+        result.measures["null_promotions"] = promoted / len(null)
         result.measures["null_share_spent"] = float(np.mean([line["rollouts"] / line["budget"] for line in null]))
-        result.notes["null_runs"] = len(null)
+        result.notes |= {"null_runs": len(null), "null_promotions_ci95": [float(exact.low), float(exact.high)]}
+        result.notes["null_reached_the_gate"] = float(np.mean(["held_out" in line for line in null]))
+        result.notes["null_share_spent_by_world"] = {
+            name: float(np.mean([line["rollouts"] / line["budget"] for line in null if line["world"] == name]))
+            for name in sorted({line["world"] for line in null})
+        }
     gated = [line for line in mine if "held_out" in line]
     if gated:
         result.measures["held_out_bias"] = abs(
@@ -185,7 +219,9 @@ def main() -> None:
     """Run, write, show."""
     parser = argparse.ArgumentParser(prog="python -m bench.apo", description=__doc__)
     parser.add_argument("--seeds", type=int, default=int(os.environ.get("SEEDS", "10")))
-    parser.add_argument("--nulls", type=int, help="runs of each null world; default 6 a seed")
+    nulls = int(os.environ.get("NULL_RUNS", "0"))
+    parser.add_argument("--nulls", type=int, default=nulls, help="searches in null worlds, in all; default 18 a seed")
+    parser.add_argument("--keep-peers", action="store_true", help="take the peers' lines from the last apo.csv")
     parser.add_argument("--worlds", default=",".join(SPECS), help="which, by name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -194,10 +230,11 @@ def main() -> None:
     if unknown := set(worlds) - set(SPECS):
         parser.error(f"--worlds: no world {', '.join(sorted(unknown))}; there are {', '.join(SPECS)}")
     console = Console()
-    if agentlightning.python() is None:
+    if agentlightning.python() is None and not options.keep_peers:
         console.print("agentlightning is absent (make .venvs/bench-agentlightning installs it); its columns stay empty")
-    lines = collect(worlds, options.seeds, options.nulls or 6 * options.seeds, options.jobs)
-    result = Result("apo", MUST, notes={"seeds": options.seeds})
+    peers = kept(RESULTS / "apo.csv", worlds, options.seeds) if options.keep_peers else None
+    lines = collect(worlds, options.seeds, options.nulls or 18 * options.seeds, options.jobs, peers)
+    result = Result("apo", MUST, notes={"seeds": options.seeds, "peers": "kept" if peers else "run"})
     measure(result, lines)
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "apo.csv").open("w", newline="") as file:

@@ -50,10 +50,11 @@ class Params:
     place_after: int = 60  # rollouts before the first of them, and 24 between two
     thompson: float = 0.7  # standard deviations of a draw, relative to the posterior's
     success: float = 0.95  # rewards from here on are no failures to learn from
-    confident: float = 0.9  # P(gain > 0) from which a prompt other than the seed is reported
+    confident: float = 0.9  # the sceptic's P(gain > 0) from which a prompt other than the seed is reported,
+    likely: float = 0.95  # or the searcher's, whose prior expects gains: the held-out gate decides, not this
     doubt: float = 0.25  # the sceptic's prior odds of no effects, against each scale of effects, for what is reported
     doubt_to_stop: float = 4.0  # the same for whoever wants to stop
-    compare: int = 4  # one in so many blocks goes to the seed, and one to the leader, while the gain is unclear
+    compare: int = 8  # one in so many blocks goes to the seed, and one to the leader, while the gain is unclear
     compare_after: int = 40
     clear: float = 0.98  # P(gain > 0) from which it is clear
     headroom: float = 0.95  # a seed with this mean reward has nothing to gain
@@ -61,14 +62,13 @@ class Params:
     keep: float = 0.005  # reward that an added part must be worth to stay in the result
     worth: float = 0.03  # smallest gain worth searching for
     stop_early: bool = True
-    hope: float = 0.1  # P(gain > worth) below which a run has no hope
-    patience: int = 64  # rollouts without hope that end a run
-    stop_after: int = 120  # rollouts before which no run ends for want of hope or by convergence
+    hope: float = 0.25  # P(gain > worth) below which a run has no hope
+    patience: int = 64  # rollouts without hope that end a run, or `share` of the budget where that is more
+    stop_after: int = 120  # rollouts (or that share) before which no run ends for want of hope or by convergence
+    share: float = 1 / 6
     trial: float = 0.3  # share of the budget for a last direct comparison of leader and seed, if the model is not sure
     trial_most: int = 180  # pairs in it
-    trial_pairs: int = 32  # pairs of a comparison before a search is given up
     trial_sd: float = 0.15  # of a leader's gain before the comparison, whose mean is 0
-    hope_after_trial: float = 0.25  # P(gain > worth) in the comparison from which the search goes on
     dried: int = 3  # calls of an editor without anything new: before, what it may still find is not accounted for
     stop_loss: float = 0.02  # expected loss of reward that ends a run as converged
     limits: Limits = field(default_factory=Limits)
@@ -176,6 +176,7 @@ class _Search:
         self.blocks = 0
         self.trial: Trial | None = None
         self.last_trial = False
+        self.whole = False  # whether the editor's last answer was a whole prompt, which nothing can be combined with
         self.hopeful = 0  # number of rollouts when there was hope last
 
     async def run(self) -> SearchResult:
@@ -272,23 +273,21 @@ class _Search:
             self.pool.place_last(max(lines, key=lambda index: float(posterior.mean[self.pool.feature(index)])))
 
     async def _tried(self, posterior: Posterior, leader: Subset, stop: tuple[Stop, str] | None) -> bool:
-        """Compares leader and seed directly where hope is gone, or the last share of the budget is reached unsure.
+        """Compares leader and seed directly where the last share of the budget is reached unsure.
 
         Draws seldom hold the seed alone, and rules that help only together look useless one by one: what the model does
-        not see, a comparison of two fixed prompts on the same tasks may. True if the search should go on after it.
+        not see, a comparison of two fixed prompts on the same tasks may. True if there was one.
         """
-        reserved = min(self.params.trial_most, int(self.params.trial * self.budget.rollouts / 2))
-        last = stop is None and self.budget.left <= 2 * reserved and not self.last_trial
-        hopeless = stop is not None and stop[0] == "no gain"
-        pairs = min(self.params.trial_pairs if hopeless else reserved, self.budget.left // 2)
-        if pairs < 2 or leader == self.pool.seed or not (hopeless or last):
+        pairs = min(self.params.trial_most, int(self.params.trial * self.budget.rollouts / 2))
+        if stop is not None or self.last_trial or self.budget.left > 2 * pairs:
             return False
-        if self._gain(posterior, leader)[2] >= self.params.confident:
+        pairs = min(pairs, self.budget.left // 2)
+        if pairs < 2 or leader == self.pool.seed or self._convinced(posterior, leader):
             return False
-        self.last_trial |= last
+        self.last_trial = True
         self.trial = await self._trial(self._plain(posterior, leader), pairs)
         self.hopeful = len(self.rows)
-        return last or self.trial.p_above(self.params.worth) >= self.params.hope_after_trial
+        return True
 
     async def _trial(self, leader: Subset, pairs: int) -> Trial:
         before = len(self.rows)
@@ -376,13 +375,16 @@ class _Search:
 
     async def _propose(self, subset: Subset) -> None:
         """Asks for parts, with the newest failures where enough have gathered; guards them; counts citations."""
-        batch = self.failures[-self.params.edit_batch :] if len(self.failures) >= self.params.edit_batch else []
+        enough = self.params.edit_batch if not self.whole else max(1, self.params.edit_batch // 2)
+        batch = self.failures[-self.params.edit_batch :] if len(self.failures) >= enough else []
         self.last_call = len(self.rows)
         if self.replay_proposals:
             proposed = self.replay_proposals.pop(0)
         else:
             proposed = await self.proposer.propose(self._state(subset, [failure for failure, _, _ in batch]))
         self.proposals.append(tuple(proposed))
+        if batch:
+            self.whole = any(part.kind == "rewrite" for part in proposed)
         added, cited = self._harvest(proposed)
         if batch:
             self.calls += 1
@@ -421,6 +423,17 @@ class _Search:
         """The sceptic's mean, sd and P(> 0) of the subset's reward less the seed's."""
         return posterior.sceptical(self._contrast(subset), doubt=self.params.doubt)
 
+    def _likely(self, posterior: Posterior, subset: Subset) -> float:
+        """The searcher's P(> 0) of the subset's reward less the seed's."""
+        mean, sd = posterior.contrast(self._contrast(subset))
+        return _normal_cdf(mean / sd) if sd > 0 else 0.0
+
+    def _convinced(self, posterior: Posterior, subset: Subset) -> bool:
+        """Whether the subset may be reported in place of the seed."""
+        gain, _, p_gain = self._gain(posterior, subset)
+        sure = p_gain >= self.params.confident or self._likely(posterior, subset) >= self.params.likely
+        return sure and gain > 0
+
     def _contrast(self, subset: Subset) -> Array:
         return self._weights(subset) - self._weights(self.pool.seed)
 
@@ -451,11 +464,16 @@ class _Search:
     def _hopeless(self, posterior: Posterior, leader: Subset) -> tuple[Stop, str] | None:
         """Whether a gain worth having has been improbable for a while, in the sceptic's eyes."""
         *_, hope = posterior.sceptical(self._contrast(leader), self.params.worth, self.params.doubt_to_stop)
-        if hope >= self.params.hope or len(self.rows) < self.params.stop_after:
+        likely = posterior.nothing < 0.5 and self._likely(posterior, leader) >= self.params.likely
+        if hope >= self.params.hope or likely or len(self.rows) < self._least(self.params.stop_after):
             self.hopeful = len(self.rows)
-        if len(self.rows) - self.hopeful < self.params.patience:
+        if len(self.rows) - self.hopeful < self._least(self.params.patience):
             return None
         return "no gain", f"P(gain > {self.params.worth:g}) is {hope:.2f} after {len(self.rows)} rollouts"
+
+    def _least(self, rollouts: int) -> float:
+        """So many rollouts, or a share of the budget: who has paid for a long search wants small gains found too."""
+        return max(rollouts, self.params.share * self.budget.rollouts)
 
     def _converged(self, posterior: Posterior, leader: Subset) -> tuple[Stop, str] | None:
         """Whether stopping now loses next to nothing: the mean over draws of best value less the leader's value."""
@@ -475,7 +493,7 @@ class _Search:
         if self.on_progress is None:
             return
         seconds = time.monotonic() - self.started
-        held = self.pool.render(self._sure(leader, gain, p_gain))
+        held = self.pool.render(self._sure(posterior, leader))
         self.on_progress(
             Progress(
                 rollouts=self.paid,
@@ -495,7 +513,7 @@ class _Search:
     def _result(self, posterior: Posterior, stop: Stop, reason: str) -> SearchResult:
         leader, doubt = self._plain(posterior, self.pool.best(posterior.mean)), self.params.doubt
         gain, sd, p_gain = self._gain(posterior, leader)
-        best = self._sure(leader, gain, p_gain)
+        best = self._sure(posterior, leader)
         if best not in (leader, self.pool.seed) and self.trial is not None:
             leader, gain, sd, p_gain = best, self.trial.mean, self.trial.sd, self.trial.p_above(0.0)
         return SearchResult(
@@ -518,9 +536,9 @@ class _Search:
             proposals=tuple(self.proposals),
         )
 
-    def _sure(self, leader: Subset, gain: float, p_gain: float) -> Subset:
+    def _sure(self, posterior: Posterior, leader: Subset) -> Subset:
         """What may be reported: the leader the model is sure of, else what a comparison was sure of, else the seed."""
-        if p_gain >= self.params.confident and gain > 0:
+        if self._convinced(posterior, leader):
             return leader
         if self.trial is not None and self.trial.p_above(0.0) >= self.params.confident:
             return self.trial.leader
@@ -540,7 +558,7 @@ class _Search:
             if least is None or worth[least] >= self.params.keep:
                 break
             kept = tuple(index for index in kept if index != least)
-        sound = self.pool.render(kept).strip() and self._gain(posterior, kept)[2] >= self.params.confident
+        sound = self.pool.render(kept).strip() and self._convinced(posterior, kept)
         return kept if sound else leader
 
     def _worth(self, posterior: Posterior, subset: Subset, index: int) -> float:

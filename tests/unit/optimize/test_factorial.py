@@ -79,7 +79,7 @@ def test_null_worlds_keep_the_seed_or_fail_the_gate_and_many_stop_early() -> Non
     promoted, early = 0, 0
     for seed in range(4):
         world = World(SPECS["null-low"], seed)
-        found = run(world, Params(budget=400, seed=seed, hope_after_trial=0.5))
+        found = run(world, Params(budget=400, seed=seed))
         early += found.stop == "no gain"
         held = [Task(f"h{index}", {}, f"h{index}") for index in range(60)]
         world.needs.update({task.id: world.needs["t0"] for task in held})
