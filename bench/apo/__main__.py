@@ -19,6 +19,7 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the matrices are small: threads only wait for one another
 
 import numpy as np
+import orjson
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
@@ -100,34 +101,41 @@ def kept(path: Path, worlds: Sequence[str], seeds: int) -> list[Line]:
 
 
 def collect(
-    worlds: Sequence[str], seeds: int, nulls: int, jobs: int, peers: Sequence[Line] | None = None
+    worlds: Sequence[str], seeds: int, nulls: int, jobs: int, known: Sequence[Line], journal: Path | None
 ) -> list[Line]:
-    """Every run, spread over processes; agentlightning's in an environment of its own, absent where there is none.
-
-    `peers`: their lines, where they need not run again.
-    """
-    lines: list[Line] = list(peers or ())
+    """Every run that is not `known`, spread over processes; agentlightning's in an environment of its own, absent where
+    there is none. Each of our own is appended to the `journal` as it is done."""
     scored = [name for name in worlds if name in SCORED]
+    runs = [(name, seed, budget) for name in scored for seed in range(seeds) for budget in BUDGETS]
+    mine = runs + [(name, seed, BUDGETS[0]) for name, seed in _null_runs(worlds, nulls)]
+    keyed = {(line["engine"], line["world"], line["seed"], line["budget"]): line for line in known}
     with ProcessPoolExecutor(jobs) as pool, _bar() as bar:
-        calls = [
-            pool.submit(ours, name, seed, budget) for name in scored for seed in range(seeds) for budget in BUDGETS
-        ]
-        calls += [pool.submit(ours, name, seed, BUDGETS[0]) for name, seed in _null_runs(worlds, nulls)]
-        if peers is None:
-            calls += [
-                pool.submit(theirs, name, seed, budget)
-                for name in scored
-                for seed in range(seeds)
-                for budget in BUDGETS
-            ]
-        if peers is None and agentlightning.python() is not None:
-            calls += [pool.submit(agentlightning.runs, name, seeds, BUDGETS) for name in scored]
+        calls = [pool.submit(ours, *run) for run in mine if ("ratchet", *run) not in keyed]
+        if not any(line["engine"] != "ratchet" for line in known):
+            calls += [pool.submit(theirs, *run) for run in runs]
+            if agentlightning.python() is not None:
+                calls += [pool.submit(agentlightning.runs, name, seeds, BUDGETS) for name in scored]
         task = bar.add_task("searches", total=len(calls))
         for call in as_completed(calls):
             done = call.result()
-            lines += done if isinstance(done, list) else [done]
+            for line in done if isinstance(done, list) else [done]:
+                keyed[line["engine"], line["world"], line["seed"], line["budget"]] = line
+                _note(journal, line)
             bar.advance(task)
-    return lines
+    wanted = {("ratchet", *run) for run in mine}
+    return [line for key, line in keyed.items() if key in wanted or key[0] != "ratchet"]
+
+
+def _note(journal: Path | None, line: Line) -> None:
+    if journal is not None and line["engine"] == "ratchet":
+        with journal.open("ab") as file:
+            file.write(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+
+
+def _noted(journal: Path | None) -> list[Line]:
+    if journal is None or not journal.exists():
+        return []
+    return [orjson.loads(line) for line in journal.read_bytes().splitlines()]
 
 
 def _null_runs(worlds: Sequence[str], count: int) -> list[tuple[str, int]]:
@@ -221,6 +229,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=int(os.environ.get("SEEDS", "10")))
     nulls = int(os.environ.get("NULL_RUNS", "0"))
     parser.add_argument("--nulls", type=int, default=nulls, help="searches in null worlds, in all; default 18 a seed")
+    parser.add_argument("--journal", type=Path, help="a file of runs that are done: a broken bench goes on from there")
     parser.add_argument("--keep-peers", action="store_true", help="take the peers' lines from the last apo.csv")
     parser.add_argument("--worlds", default=",".join(SPECS), help="which, by name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -232,8 +241,11 @@ def main() -> None:
     console = Console()
     if agentlightning.python() is None and not options.keep_peers:
         console.print("agentlightning is absent (make .venvs/bench-agentlightning installs it); its columns stay empty")
-    peers = kept(RESULTS / "apo.csv", worlds, options.seeds) if options.keep_peers else None
-    lines = collect(worlds, options.seeds, options.nulls or 18 * options.seeds, options.jobs, peers)
+    peers = kept(RESULTS / "apo.csv", worlds, options.seeds) if options.keep_peers else []
+    done = _noted(options.journal)
+    lines = collect(
+        worlds, options.seeds, options.nulls or 18 * options.seeds, options.jobs, [*peers, *done], options.journal
+    )
     result = Result("apo", MUST, notes={"seeds": options.seeds, "peers": "kept" if peers else "run"})
     measure(result, lines)
     options.out.mkdir(parents=True, exist_ok=True)
