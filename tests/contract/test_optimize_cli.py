@@ -18,6 +18,7 @@ import pytest
 from collector.client import Local
 from optimize.api import APO, PromptTemplate, Trainer, rollout
 from tests.fake_upstream import FakeUpstream, Received, Reply, chat, error_reply
+from tests.faults import processes
 from tests.served import RATCHET, Served, run_ratchet, served
 from tests.unit.optimize.world import script
 
@@ -74,7 +75,7 @@ def ask(server: Served, episode: str, messages: list[dict[str, str]], **body: An
 def traffic(server: Served, slot: str, seed: str, steps: int) -> None:
     """30 episodes of an agent under `seed`, some judged by what the right answer would have been."""
     server.client.add_version(slot, kind="prompt", template=seed)
-    time.sleep(1.1)  # a new slot reaches the workers within a second
+    processes.until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200, 60, "the worker knows the slot")
     for number in range(100, 130):
         messages = [{"role": "system", "content": seed}, {"role": "user", "content": f"Say {number}."}]
         for step in range(steps):
@@ -153,7 +154,7 @@ def test_a_search_by_whole_prompts_killed_with_9_is_resumed_and_pays_for_nothing
 
 
 def _until_paid(server: Served, slot: str, count: int, process: "subprocess.Popen[bytes]") -> tuple[str, int]:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         server.client.flush()
         paid = [event for event in server.client.evaluations() if event["slot"] == slot]
@@ -210,7 +211,7 @@ def test_a_script_killed_with_9_pays_for_nothing_twice_when_run_again(tmp_path: 
     env = {**os.environ, "RATCHET_DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(words, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     log = tmp_path / "calls.log"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 100
     while not (log.is_file() and len(log.read_text().splitlines()) >= 25):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0].decode()
         time.sleep(0.02)

@@ -25,7 +25,7 @@ def mixed(number: int) -> list[Call]:
     return [Call(i, MIX[i % len(MIX)], f"episode-{i % EPISODES}") for i in range(number)]
 
 
-def recorded(server: Served, expected: int, seconds: float = 30.0) -> list[list[object]]:
+def recorded(server: Served, expected: int, seconds: float = 60.0) -> list[list[object]]:
     """The spans, once as many as expected can be read, or all there are when that does not come about."""
     deadline = time.monotonic() + seconds
     sql = "SELECT episode_id, input_messages, span_id, status, http_status FROM spans_v"
@@ -80,7 +80,7 @@ def test_killing_the_collector_loses_and_doubles_nothing(tmp_path: Path) -> None
                     os.kill(pid, signal.SIGKILL)
 
         asyncio.run(load.run(server.url, calls, script, on_done=kill))
-        processes.until(lambda: answers(server), 30, "the collector is back")
+        processes.until(lambda: answers(server), 60, "the collector is back")
         assert_each_call_is_one_span(recorded(server, CALLS), calls)
         assert {call.status for call in calls if call.kind in ("json", "sse")} == {200}
 

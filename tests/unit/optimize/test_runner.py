@@ -15,6 +15,7 @@ from optimize.dataset import Task, make_task
 from optimize.grade import grader
 from optimize.rollout import Plan, Rollout
 from optimize.runner import Runner
+from tests.patience import within
 from tests.unit.optimize.world import AGENT, World, script
 
 TASK = make_task({"id": "one", "question": "Say yes.", "expected": "yes"})
@@ -112,7 +113,7 @@ def test_a_crash_while_nobody_listens_is_told_apart(tmp_path: Path, world: World
 def test_an_agent_that_never_reads_stdin_and_floods_its_pipes_does_not_block(tmp_path: Path, world: World) -> None:
     task = make_task({"id": "big", "text": "y" * 300_000, "expected": "no"})
     source = "import sys\nfor _ in range(300): sys.stdout.write('o' * 10_000); sys.stderr.write('e' * 10_000)"
-    done = run(world, script(tmp_path, source), task, timeout=15)
+    done = run(world, script(tmp_path, source), task, timeout=60)
     assert (done.ok, done.reward) == (True, 0.0)
     assert len(done.answer) == 1 << 20
 
@@ -126,7 +127,7 @@ def alive(pid: int) -> bool:
 
 
 def gone(pids: list[int]) -> bool:
-    until = time.monotonic() + 5
+    until = time.monotonic() + 30
     while any(alive(pid) for pid in pids) and time.monotonic() < until:
         time.sleep(0.01)
     return not any(alive(pid) for pid in pids)
@@ -147,9 +148,10 @@ def test_a_timeout_ends_the_whole_group_even_where_it_ignores_being_asked(
 ) -> None:
     monkeypatch.setattr("optimize.process.TERM_SECONDS", 0.1)
     command = script(tmp_path, STUBBORN.format(path=str(tmp_path / "pids"), end="time.sleep(60)"))
-    done = run(world, command, timeout=0.7)
+    enough = within(1.0)  # for the agent to start its child
+    done = run(world, command, timeout=enough)
     assert (done.ok, done.reason, done.reward) == (False, "timeout", None)
-    assert done.seconds < 5
+    assert done.seconds < enough + within(5)
     assert gone([int(pid) for pid in (tmp_path / "pids").read_text().split()])
 
 
@@ -157,7 +159,7 @@ def test_a_child_that_outlives_its_agent_is_ended_and_does_not_hold_the_rollout(
     command = script(tmp_path, STUBBORN.format(path=str(tmp_path / "pids"), end="print('yes')"))
     done = run(world, command)
     assert (done.ok, done.answer) == (True, "yes")
-    assert done.seconds < 5
+    assert done.seconds < within(5)
     assert gone([int(pid) for pid in (tmp_path / "pids").read_text().split()])
 
 
@@ -167,7 +169,7 @@ def test_a_cancelled_run_leaves_nothing_running(tmp_path: Path, world: World) ->
 
     async def interrupted() -> None:
         task = asyncio.create_task(made.run_all([Plan(make_task({"id": index})) for index in range(6)]))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not path.exists() or len(path.read_text().split()) < 4:
                 await asyncio.sleep(0.01)
         task.cancel()
