@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 TORCH_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install check format test otel-clients test-phoenix test-clients test-model faults bench-apo bench-apo-real bench-gateway bench-store bench-rl study-capital gpu-check demo serve image-steps clean lock
+.PHONY: install check format test otel-clients test-phoenix test-clients test-model faults bench-apo bench-apo-real bench-gateway bench-store bench-scale-out bench-rl study-capital gpu-check demo serve image-steps clean lock
 
 # A stamp per lock: made anew when the lock or the project's metadata changes.
 $(VENV)/bin/python:
@@ -67,6 +67,10 @@ $(OTEL_CLIENT)/.done:
 	  "opentelemetry-instrumentation-openai-v2==2.3b0" "opentelemetry-exporter-otlp-proto-http>=1.36,<2"
 	@touch $@
 
+# The classic script learns with the real local model: a better prompt, proven on held-out tasks; some minutes.
+test-model: install
+	RATCHET_CLASSIC=1 $(BIN)/python -m pytest tests/e2e/test_classic_model.py -s
+
 # Real clients and frameworks, unmodified, each in an environment of its own under .venvs (made once; some GB).
 test-clients: install
 	$(BIN)/python -m tests.clients.matrix
@@ -78,6 +82,10 @@ bench-gateway: install
 # The store beside the engines used plainly, and beside Arize Phoenix where `make test-phoenix` has installed it.
 bench-store: install
 	$(BIN)/python -m bench.store
+
+# Hosts that feed one collector: what an outage leaves behind is sent, and when a span is found; about 5 minutes.
+bench-scale-out: install
+	$(BIN)/python -m bench.scale_out
 
 # The search beside gepa and Agent Lightning's APO on simulated worlds; SEEDS=40 for the full table.
 .venvs/bench-agentlightning/.done:

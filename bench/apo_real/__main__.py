@@ -19,7 +19,7 @@ from rich.console import Console
 from bench.apo_real import figures, picture
 from bench.apo_real.answers import Answers, Cache
 from bench.apo_real.banks import PROBLEMS, Problem
-from bench.apo_real.runs import ENGINES, Run, asked, search
+from bench.apo_real.runs import ENGINES, EVERY, Run, asked, search
 from bench.result import RESULTS, Result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,11 +28,12 @@ KEPT = ROOT / "data" / "apo-real"
 PEERS = ("gepa", "beam")  # the better minibatch stands for gepa
 MUST = 0.6
 GIVEN = (
-    "ratchet gets the bank's parts at the start and no editor; gepa (minibatch 8 and 3: the better one counts) and "
-    "beam get a scripted editor that adds, replaces or drops one to three parts of the prompt at random, out of the "
-    "same bank, with no hint which are good. All start at the same prompt and see the same search tasks; the reward is "
-    "1 for an exactly right greedy answer, else 0; every rollout counts as paid, cached or not. What would be reported "
-    "is looked at every 20 rollouts."
+    "ratchet gets the bank's parts at the start and no editor. gepa (minibatch 8, or 3 as gepa-3, the better of which "
+    "counts) and beam get a scripted editor that adds, replaces or drops one to three parts of the prompt at random, "
+    "out of the same bank, with no hint which are good. ratchet-drip gets one to three random parts of the bank a "
+    "call. All start at the same prompt and see the same search tasks; the reward is 1 for an exactly right greedy "
+    "answer, else 0; every rollout counts as paid, cached or not. What would be reported is looked at every 20 "
+    "rollouts; a run that never gets there counts as later than any, and as the whole budget in a ratio."
 )
 
 
@@ -54,8 +55,9 @@ class Bench:
                 await asyncio.gather(*(self._search(*one) for one in wanted if one not in self.kept.runs))
                 await self._told(tell)
             runs = await self._told(tell)
-            await asyncio.gather(*(self.score(prompt) for run in runs for _, prompt in run.curve))
-            tell(runs, self.truth)
+            if runs and not self.options.brief:
+                await asyncio.gather(*(self.score(prompt) for run in runs for _, prompt in run.curve))
+                tell(runs, self.truth)
         finally:
             self.answers.close()
 
@@ -77,6 +79,8 @@ class Bench:
     async def _told(self, tell: Callable[[list[Run], figures.Truth], None]) -> list[Run]:
         """Scores the final prompts, then each run's reported prompts in order until the goal; tells the figures."""
         runs = whole(self.kept.runs.values(), self.options)
+        if not runs:
+            return []
         await asyncio.gather(*(self.score(prompt) for run in runs for prompt in (self.problem.seed_prompt, run.final)))
         goal = figures.target(runs, self.truth)
         await asyncio.gather(*(self._walk(run, goal) for run in runs))
@@ -143,7 +147,7 @@ def measure(result: Result, problem: Problem, runs: Sequence[Run], truth: figure
     notes["curves"] = {
         engine: [[(at, truth[text]) for at, text in run.curve if text in truth] for run in runs if run.engine == engine]
         for engine in counts
-        if engine in ENGINES
+        if engine in EVERY
     }
     result.notes[problem.name] = notes
 
@@ -159,14 +163,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.apo_real", description=__doc__)
     parser.add_argument("--seeds", type=int, default=int(os.environ.get("SEEDS", "5")))
     parser.add_argument("--problems", default=",".join(PROBLEMS))
-    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--engines", default=",".join(ENGINES), help=f"of {', '.join(EVERY)}")
     parser.add_argument("--budget", type=int, default=400)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--together", type=int, default=3, help="seeds that run side by side")
     parser.add_argument("--finished", action="store_true", help="search nothing more: report what is on disk")
+    parser.add_argument("--brief", action="store_true", help="score no prompt beyond the first that is good enough")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.engines = options.engines.split(",")
+    if unknown := {*options.engines} - {*EVERY}:
+        parser.error(f"--engines: no engine {', '.join(sorted(unknown))}; there are {', '.join(EVERY)}")
     console, began = Console(), time.monotonic()
     names = options.problems.split(",")
     must = {f"{name}_rollouts_of_{peer}": ("<=", MUST) for name in names for peer in PEERS}
@@ -179,7 +186,11 @@ def main() -> None:
             result.write(time.monotonic() - began, options.out)
 
         asyncio.run(Bench(problem, options, lambda line: console.print(line, highlight=False)).run(tell))
-    picture.draw({name: result.notes[name] for name in names}, options.budget, options.out / "apo-real.svg")
+    measured = {name: result.notes[name] for name in names if name in result.notes}
+    if not measured:
+        console.print("no seed is finished by every engine: nothing to report")
+        raise SystemExit(1)
+    picture.draw(measured, options.budget, options.out / "apo-real.svg")
     result.show(console)
 
 

@@ -17,6 +17,7 @@ from optimize.rl.chat import plain
 
 if TYPE_CHECKING:
     from optimize.rl.batcher import Batcher, Row
+    from optimize.rl.model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -71,22 +72,30 @@ class Answers:
     """The local model behind its cache. Used from one event loop."""
 
     def __init__(self, directory: Path, cache: Cache, *, batch: int = 64, threads: int = 1) -> None:
-        from optimize.rl.batcher import Batcher
-        from optimize.rl.model import LanguageModel, use_threads
-
-        use_threads(threads)
-        self._model = LanguageModel.load(directory)
-        self._batcher = Batcher(self._model, max_batch=batch, max_waiting=100_000)
-        self._batcher.start()
+        self._directory, self._batch, self._threads = directory, batch, threads
         self._cache = cache
         self._name = fingerprint(directory)
+        self._model: tuple[LanguageModel, Batcher] | None = None
         self._running: dict[str, asyncio.Future[bool]] = {}
         self.computed = 0
 
     def close(self) -> None:
         """Stop computing, and close the cache."""
-        self._batcher.close()
+        if self._model is not None:
+            self._model[1].close()
         self._cache.close()
+
+    def _loaded(self) -> "tuple[LanguageModel, Batcher]":
+        """The model and its batch; loaded when an answer is missing on disk for the first time."""
+        if self._model is None:
+            from optimize.rl.batcher import Batcher
+            from optimize.rl.model import LanguageModel, use_threads
+
+            use_threads(self._threads)
+            model = LanguageModel.load(self._directory)
+            self._model = model, Batcher(model, max_batch=self._batch, max_waiting=100_000)
+            self._model[1].start()
+        return self._model
 
     async def right(self, asked: Sequence[Asked]) -> list[bool]:
         """For each question, in order, whether the greedy answer is exactly right."""
@@ -122,11 +131,12 @@ class Answers:
         def told(text: str, error: Any = None) -> None:
             loop.call_soon_threadsafe(done, text, error)
 
-        prompt = self._model.tokenizer.encode(asked.text)
-        listener = _Listener(asked, self._batcher, told)
+        model, batcher = self._loaded()
+        prompt = model.tokenizer.encode(asked.text)
+        listener = _Listener(asked, batcher, told)
         row = Row(prompt, Sampling(asked.longest, 0, 1.0, 0, ("\n",)), listener.hear, lead=True)
         listener.row = row
-        self._batcher.submit([row])
+        batcher.submit([row])
         return future
 
 

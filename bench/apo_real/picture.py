@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"ratchet": "#1f6feb", "gepa": "#d1242f", "gepa-3": "#f0883e", "beam": "#8c959f"}
+COLOURS = {"ratchet": "#1f6feb", "gepa": "#d1242f", "gepa-3": "#f0883e", "beam": "#8c959f", "ratchet-drip": "#54aeff"}
 
 
 def at(curve: Sequence[Sequence[float]], rollouts: int) -> float:

@@ -1,22 +1,26 @@
 """One search by one engine on the real model, and what it would have reported after how many paid rollouts."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from bench.apo_real.answers import Answers, Asked
 from bench.apo_real.banks import Problem
-from bench.apo_real.editor import Editor
+from bench.apo_real.editor import MOST, Editor
 from optimize.apo import engine as engines
 from optimize.apo.beam import Beam
 from optimize.apo.engine import Progress
 from optimize.apo.factorial import Factorial
 from optimize.apo.gepa import Gepa
+from optimize.apo.parts import Part
 from optimize.apo.proposers import Bank
+from optimize.apo.state import State
 from optimize.budget import Budget
 from optimize.dataset import Task
 from optimize.evaluation import Outcome, Request
 
 ENGINES = ("ratchet", "gepa", "gepa-3", "beam")
+EVERY = (*ENGINES, "ratchet-drip")  # the last: ours with the peers' kind of editor, for comparison
 STEP = 20  # rollouts between two looks at what would be reported
 MINIBATCH = {"gepa": 8, "gepa-3": 3}
 
@@ -50,6 +54,20 @@ class FixedBank(Bank):
         self.parts = list(problem.bank)
 
 
+class Drip(FixedBank):
+    """The bank as from an editor: one to three parts a call, in a random order, and only where failures are shown."""
+
+    def __init__(self, problem: Problem, seed: int) -> None:
+        super().__init__(problem)
+        self._dice = random.Random(f"drip-{seed}")
+        self._dice.shuffle(self.parts)
+
+    async def propose(self, state: State) -> list[Part]:
+        """The next few that are not known yet."""
+        fresh = await super().propose(state) if state.failures else []
+        return fresh[: self._dice.randint(1, MOST)]
+
+
 def asked(problem: Problem, system: str, task: Task) -> Asked:
     """What the model is asked, and what is right."""
     expected = task.expected if isinstance(task.expected, list) else [task.expected]
@@ -76,13 +94,13 @@ async def search(problem: Problem, engine: str, seed: int, budget: int, answers:
         tasks=problem.search,
         evaluate=evaluate,
         budget=Budget(budget),
-        proposer=FixedBank(problem),
+        proposer=Drip(problem, seed) if engine == "ratchet-drip" else FixedBank(problem),
         complete=editor.complete,
         seed=seed,
         on_progress=watch,
         params={"minibatch": MINIBATCH[engine]} if engine in MINIBATCH else {},
     )
-    chosen: engines.Engine = Factorial() if engine == "ratchet" else Beam() if engine == "beam" else Gepa()
+    chosen: engines.Engine = Factorial() if engine.startswith("ratchet") else Beam() if engine == "beam" else Gepa()
     result = await chosen.search(given)
     curve.append((result.rollouts, result.best_template))
     return Run(problem.name, engine, seed, changes(sampled(curve)), result.rollouts, editor.calls, result.stop)
