@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 TORCH_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install check format test otel-clients test-phoenix test-clients test-model faults bench-apo bench-apo-real bench-gateway bench-store bench-scale-out bench-rl study-capital gpu-check demo serve image-steps clean lock
+.PHONY: install check format test otel-clients chdb test-clickhouse bench-scaleout test-phoenix test-clients test-model faults bench-apo bench-apo-real bench-gateway bench-store bench-scale-out bench-rl study-capital gpu-check demo serve image-steps clean lock
 
 # A stamp per lock: made anew when the lock or the project's metadata changes.
 $(VENV)/bin/python:
@@ -70,6 +70,21 @@ $(OTEL_CLIENT)/.done:
 # The classic script learns with the real local model: a better prompt, proven on held-out tasks; some minutes.
 test-model: install
 	RATCHET_CLASSIC=1 $(BIN)/python -m pytest tests/e2e/test_classic_model.py -s
+
+# ClickHouse's own engine as a library, 0.9 GB: the SQL of `store.url` is tested and measured in it.
+.venvs/chdb/.done:
+	$(PYTHON) -m venv .venvs/chdb
+	.venvs/chdb/bin/python -m pip --disable-pip-version-check install --quiet "chdb>=4,<5"
+	@touch $@
+
+chdb: .venvs/chdb/.done
+
+test-clickhouse: install chdb
+	$(BIN)/python -m pytest tests/clickhouse
+
+# The same spans in DuckDB and in ClickHouse's engine: ingest, pages, aggregates; under 5 minutes.
+bench-scaleout: install chdb
+	$(BIN)/python -m bench.scaleout
 
 # Real clients and frameworks, unmodified, each in an environment of its own under .venvs (made once; some GB).
 test-clients: install

@@ -124,7 +124,7 @@ class ClickHouse(Store):
         """
         server = self._prepare_remote()
         names = [segment.name for segment in segments]
-        known = {row["name"] for row in server.rows(statements.KNOWN_SEGMENTS, {"ids": names})}
+        known = self.noted(names)
         new = [segment for segment in segments if segment.name not in known]
         if not self._observed and any("otlp" in segment.events for segment in new):
             self._observe()
@@ -182,6 +182,26 @@ class ClickHouse(Store):
         except BadRows:
             return False
         return super().fits(replace(segment, events=segment.events - BULK))
+
+    # Days
+
+    def old_days(self, before: int) -> list[tuple[int, int, int]]:
+        """`(day, spans, rewards)` of the days before one that ClickHouse holds, ascending. Raises Unavailable."""
+        rows = self._ask(statements.DAYS, {"before": before})
+        return [(row["day"], row["spans"], row["rewards"]) for row in rows]
+
+    def drop_day(self, day: int) -> None:
+        """Delete the spans and rewards of a day. Raises Unavailable."""
+        server = self._prepare_remote()
+        for statement in statements.DROP:
+            server.run(statement, {"day": day})
+
+    def noted(self, names: Sequence[str]) -> set[str]:
+        """Which of these segments ClickHouse holds. Raises Unavailable."""
+        found: set[str] = set()
+        for some in chunks(names, _IDS):
+            found |= {row["name"] for row in self._ask(statements.KNOWN_SEGMENTS, {"ids": some})}
+        return found
 
     # Reading
 

@@ -3,6 +3,7 @@
 A statement is always a constant; values travel as `param_name` beside it, credentials in headers.
 """
 
+import logging
 import math
 import tempfile
 import threading
@@ -80,6 +81,7 @@ class Server:
 
     def __init__(self, url: str, patience: float = _PATIENCE_SECONDS) -> None:
         self.address = address(url)
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells each request, with all its parameters
         self._patience = patience
         self._http = httpx.Client(
             base_url=self.address.base,

@@ -211,13 +211,13 @@ SELECT * EXCEPT (segment, day, token_ids, logprobs) FROM _recorded
 WHERE start_ns BETWEEN {since:Int64} AND {until:Int64} AND episode_id = {episode_id:String}
 """
 WHOLE_ECHOES = """
-SELECT own_.* EXCEPT (segment, day, episode_id, token_ids, logprobs), of_.original AS echo_of,
-  span_.episode_id AS episode_id
-FROM observed AS own_ JOIN _echoes_of AS of_ ON of_.span_id = own_.span_id
-JOIN (
-  SELECT span_id, episode_id FROM spans
-  WHERE start_ns BETWEEN {since:Int64} AND {until:Int64} AND episode_id IN {ids:Array(String)}
-) AS span_ ON span_.span_id = of_.original
+SELECT own_.* EXCEPT (segment, day, episode_id, token_ids, logprobs), at_.echo_of AS echo_of, at_.home AS episode_id
+FROM observed AS own_ JOIN (
+  SELECT of_.span_id AS echo, of_.original AS echo_of, span_.episode_id AS home FROM _echoes_of AS of_ JOIN (
+    SELECT span_id, episode_id FROM spans
+    WHERE start_ns BETWEEN {since:Int64} AND {until:Int64} AND episode_id IN {ids:Array(String)}
+  ) AS span_ ON span_.span_id = of_.original
+) AS at_ ON at_.echo = own_.span_id
 """
 EPISODE_ECHOES = """
 SELECT span_id, parent_span_id, echo_of FROM echoes

@@ -138,10 +138,10 @@ FROM observed AS own_ JOIN _echoes_of AS of_ ON of_.span_id = own_.span_id;
 
 CREATE OR REPLACE VIEW payloads_v AS
 SELECT span_id, episode_id, start_ns, input_messages, output_messages, tools, token_ids, logprobs, attributes
-FROM calls
+FROM _recorded
 UNION ALL
 SELECT span_id, episode_id, start_ns, input_messages, output_messages, tools, token_ids, logprobs, attributes
-FROM observed;
+FROM observed WHERE span_id IN (SELECT span_id FROM _echoed);
 
 CREATE OR REPLACE VIEW spans_v AS
 SELECT * EXCEPT (input_messages, output_messages, tools, token_ids, logprobs, attributes, segment, day, _is_call),

@@ -34,13 +34,12 @@ from collector import (
 from collector import discover as discovery
 from collector.errors import BadInput, Conflict, NotFound, Unavailable
 from collector.inbox import Inbox
-from collector.keeper import Keeper
 from collector.loader import Loader
 from collector.lock import DirectoryLock
 from collector.model import Version
 from collector.readers import Readers
 from collector.settings import Settings
-from collector.stores import open_store
+from collector.stores import keeper_of, open_store
 
 DATABASE = "ratchet.duckdb"
 
@@ -82,7 +81,7 @@ class Collector:
             undo.callback(self.store.close)
             self.loader = Loader(self.store, directory)
             self.inbox = Inbox(directory, self.loader)
-            self.keeper = Keeper(self.store, self.loader, self._loading, settings.store, directory)
+            self.keeper = keeper_of(self.store, self.loader, self._loading, settings.store, directory)
             self.readers = Readers()
             undo.callback(self.readers.close)
             self._catch_up()

@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from collector.errors import ConfigError
 
@@ -230,6 +239,11 @@ class Storage(Section):
         if given and not CLICKHOUSE.fullmatch(given):
             raise ValueError("must be clickhouse://[user[:password]@]host[:port]/database, or clickhouses:// for TLS")
         return url if given else None
+
+    @field_serializer("url", when_used="json")
+    def _as_it_is(self, url: SecretStr | None) -> str | None:
+        """To the server's own processes, over a pipe; whatever else shows settings shows no password."""
+        return None if url is None else url.get_secret_value()
 
     @field_validator("collector")
     @classmethod
