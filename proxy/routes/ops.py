@@ -136,7 +136,7 @@ async def healthz(context: Context, _request: Request) -> Response:
 
 
 async def readyz(context: Context, _request: Request) -> Response:
-    """200 when the whole is in order: collector reachable, deployments known, store not far behind the journal."""
+    """200 when the whole is in order: collector reachable, deployments known, store and sending not far behind."""
     problems: list[str] = []
     body: dict[str, Any] = {"revision": context.versions.current.revision}
     try:
@@ -148,6 +148,8 @@ async def readyz(context: Context, _request: Request) -> Response:
             problems.append(f"the store is {body['lag_seconds']:.0f} s behind the journal")
     except RatchetError as error:
         problems.append(error.message)
+    if context.settings.store.collector is not None:
+        problems += _unsent(await _backlog(context))
     if context.draining:
         problems.append("draining")
     body = {"status": "not ready" if problems else "ready", "problems": problems, **body}
@@ -165,6 +167,13 @@ async def metrics(context: Context, _request: Request) -> Response:
     if far:  # the store's own numbers are the collector's to tell
         more = Sent(await _backlog(context), told)
     return Response(await run_in_threadpool(_exposition, context, more), media_type=TEXT)
+
+
+def _unsent(waiting: backlog.Backlog) -> Iterator[str]:
+    if waiting.lag_s > MAX_LAG:
+        yield f"{waiting.segments} segments wait here for the collector, the oldest for {waiting.lag_s:.0f} s"
+    if waiting.refused:
+        yield f"{waiting.refused} segments were refused by the collector and are kept in journal/{backlog.REFUSED}"
 
 
 async def _backlog(context: Context) -> backlog.Backlog:

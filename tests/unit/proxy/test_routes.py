@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -40,6 +41,7 @@ class Collector:
     def __init__(self) -> None:
         self.requests: list[tuple[str, str, bytes, dict[str, str]]] = []
         self.stats: dict[str, Any] = STATS
+        self.sent: dict[str, Any] = {}
         self.status = 200
         self.break_off = False
         self.left = asyncio.Event()
@@ -49,6 +51,8 @@ class Collector:
         self.requests.append((request.method, request.raw_path, body, dict(request.headers)))
         if request.path == "/api/stats":
             return web.json_response(self.stats)
+        if request.path == "/shipper":
+            return web.json_response(self.sent)
         if request.path == "/api/slow":
             try:
                 await asyncio.sleep(30)
@@ -374,6 +378,32 @@ def test_readyz_says_what_is_missing(tmp_path: Path) -> None:
 
     talk(act, tmp_path)
     talk(down, tmp_path, collector=False)
+
+
+def test_a_host_whose_collector_is_elsewhere_shows_what_waits_for_it(tmp_path: Path) -> None:
+    async def act(client: httpx.AsyncClient, context: Context, fake: Collector) -> None:
+        fake.sent = {"segments": 3, "bytes": 300, "packed": 60, "failures": 1}
+        (tmp_path / "journal" / "1-w0-1-00.ndjson").write_bytes(b"x" * 70)
+        assert (await client.get("/healthz")).json()["backlog"]["bytes"] == 70
+        assert (await client.get("/readyz")).status_code == 200
+        values = {
+            sample.name: sample.value
+            for family in text_string_to_metric_families((await client.get("/metrics")).text)
+            for sample in family.samples
+        }
+        assert values["ratchet_shipper_backlog_bytes"] == 70
+        assert values["ratchet_shipper_packed_bytes_total"] == 60
+        assert "ratchet_store_spans" not in values, "the collector tells that"
+        os.utime(tmp_path / "journal" / "1-w0-1-00.ndjson", (1, 1))
+        (tmp_path / "journal" / "refused").mkdir()
+        (tmp_path / "journal" / "refused" / "0-w0-1-00.ndjson").touch()
+        answer = await client.get("/readyz")
+        assert answer.status_code == 503
+        waiting, refused = answer.json()["problems"]
+        assert "1 segments wait" in waiting
+        assert "journal/refused" in refused
+
+    talk(act, tmp_path, Settings.model_validate({"store": {"data_dir": tmp_path, "collector": "http://127.0.0.1:9"}}))
 
 
 def test_metrics_are_prometheus_text_of_all_workers(tmp_path: Path) -> None:
