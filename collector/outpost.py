@@ -47,7 +47,7 @@ class Outpost:
         self.shown = without_credentials(self.url)
         self.data_dir = store.data_dir
         self.started_ns = time.time_ns()
-        self._key = store.collector_key
+        self._key = "" if store.collector_key is None else store.collector_key.get_secret_value()
         # Seconds without a byte: longer than any poll or query takes, so that only a collector that hangs gets there.
         self._patience = store.query_timeout + 30
         self._lock = DirectoryLock(self.data_dir)

@@ -223,7 +223,7 @@ class Storage(Section):
 
     data_dir: Path = Path("data")
     collector: str | None = None  # the URL of another host's server: this one has no store, and sends its journal there
-    collector_key: str | None = None
+    collector_key: SecretStr | None = None
     url: SecretStr | None = None  # clickhouse://[user[:password]@]host[:port]/database; None: a DuckDB file in data_dir
     archive_after: int | None = Field(default=2, ge=1)  # days
     retention: int | None = Field(default=None, ge=1)  # days
@@ -240,10 +240,10 @@ class Storage(Section):
             raise ValueError("must be clickhouse://[user[:password]@]host[:port]/database, or clickhouses:// for TLS")
         return url if given else None
 
-    @field_serializer("url", when_used="json")
-    def _as_it_is(self, url: SecretStr | None) -> str | None:
+    @field_serializer("url", "collector_key", when_used="json")
+    def _as_it_is(self, secret: SecretStr | None) -> str | None:
         """To the server's own processes, over a pipe; whatever else shows settings shows no password."""
-        return None if url is None else url.get_secret_value()
+        return None if secret is None else secret.get_secret_value()
 
     @field_validator("collector")
     @classmethod
@@ -251,6 +251,12 @@ class Storage(Section):
         if url is not None and not url.startswith(("http://", "https://")):
             raise ValueError("must start with http:// or https://")
         return None if url is None else url.rstrip("/").removesuffix("/v1")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Storage":
+        if self.collector is not None and self.url is not None:
+            raise ValueError("`url` belongs into the configuration of the collector that `collector` names")
+        return self
 
 
 class OtlpOut(Section):

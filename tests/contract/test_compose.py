@@ -62,7 +62,8 @@ def test_proxies_know_the_collector_and_the_collector_knows_them_and_its_databas
     target = urlsplit(proxy.store.collector)
     assert (target.hostname, target.port) == ("collector", collector.server.port)
     granted = {key.key: key.scopes for key in collector.server.keys}
-    assert "admin" in granted[proxy.store.collector_key]
+    assert proxy.store.collector_key is not None
+    assert "admin" in granted[proxy.store.collector_key.get_secret_value()]
     assert collector.store.collector is None
     assert collector.store.url is not None
     database, given = urlsplit(collector.store.url.get_secret_value()), environment("clickhouse")

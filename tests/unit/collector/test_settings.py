@@ -44,6 +44,8 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
         ({"server": {"keys": [{"name": "a", "key_sha256": "ab"}]}}, "server.keys.0.key_sha256", "pattern"),
         ({"upstream": {"default": "api.openai.com"}}, "upstream.default", "http://"),
         ({"model_list": [{"model_name": "a", "litellm_params": {}}]}, "model_list.0.litellm_params", "`model`"),
+        ({"store": {"collector": "collector:4000"}}, "store.collector", "http://"),
+        ({"store": {"collector": "http://c", "url": "clickhouse://h/d"}}, "store", "`url` belongs"),
         ({"server": {"host": "os.environ/NOT_SET"}}, "server.host", "NOT_SET is not set"),
         ({"server": {"allowed_hosts": ["os.environ/NOT_SET"]}}, "server.allowed_hosts.0", "NOT_SET"),
         ("- a\n- b\n", "config", "mapping"),
@@ -75,6 +77,13 @@ def test_an_empty_file_or_section_means_defaults(tmp_path: Path) -> None:
 
 def test_settings_travel_as_json() -> None:
     found = Settings.model_validate({"slots": {"a": {"template": "x", "match": {"role": "user"}}}})
+    assert Settings.model_validate_json(found.model_dump_json()) == found
+
+
+def test_what_shows_settings_shows_no_password() -> None:
+    found = Settings.model_validate({"store": {"collector": "http://c/v1", "collector_key": "the-secret"}})
+    assert found.store.collector == "http://c"
+    assert "the-secret" not in repr(found)
     assert Settings.model_validate_json(found.model_dump_json()) == found
 
 
