@@ -66,6 +66,16 @@ def losses() -> float:
     return worst
 
 
+def on_policy() -> float:
+    """Greatest difference of a loss to that of TRL's own trainer on the completions that it generated."""
+    worst = 0.0
+    with tempfile.TemporaryDirectory() as work:
+        for name in parity.FAMILY:
+            (found, _), (wanted, _) = parity.on_policy(name, Path(work))
+            worst = max(worst, abs(found.item() - wanted.item()))
+    return worst
+
+
 def timed(work: Callable[[], object]) -> float:
     """Median seconds of a few runs after one to warm up."""
     work()

@@ -1,5 +1,6 @@
 """Adapters swapped under load, for real: the built-in engine, the proxy, the collector, and calls all the while."""
 
+import contextlib
 import json
 import os
 import threading
@@ -28,24 +29,31 @@ pytestmark = [
 SWAPS = int(os.environ.get("RATCHET_SWAPS", "8"))
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Served]:
+@contextlib.contextmanager
+def two_adapters(home: Path) -> Iterator[Served]:
     """`ratchet serve` before an engine with a tiny model, and two adapters registered."""
-    base, root = tmp_path / "tiny", tmp_path / "data" / "adapters"
+    base, root = home / "tiny", home / "data" / "adapters"
     tiny_gemma().save_pretrained(base)
     byte_tokenizer().save_pretrained(base)
     engine = Engine(LanguageModel.load(base), "tiny", adapters_root=root, base=base)
     with serving(engine.app()) as url:
-        config = tmp_path / "ratchet.yaml"
+        config = home / "ratchet.yaml"
         entry = {"api_base": f"{url}/v1", "base_model": "tiny", "drain_seconds": 0.5}
         config.write_text(yaml.safe_dump({"engines": [entry]}))
-        with served(tmp_path / "data", f"{url}/v1", config=config) as running:
+        with served(home / "data", f"{url}/v1", config=config) as running:
             for seed in (1, 2):
                 made(root / f"a{seed}", seed=seed)
                 (root / f"a{seed}" / "README.md").unlink(missing_ok=True)
                 running.client.add_version("lora", kind="adapter", base_model="tiny", path=f"a{seed}")
             running.client.promote("lora", 1)
             yield running
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Served]:
+    """See `two_adapters`."""
+    with two_adapters(tmp_path) as running:
+        yield running
 
 
 class Load:
@@ -89,10 +97,11 @@ class Load:
         self.first.setdefault(version, time.monotonic())
 
 
-def test_adapters_are_swapped_under_load_without_a_failed_call_or_a_mixed_episode(server: Served) -> None:
+def swap_under_load(server: Served, count: int) -> tuple[list[float], Load]:
+    """Swap one version for the other, `count` times: seconds from each promotion until its version first answered."""
     delays = []
     with Load(server.url) as load:
-        for swap in range(SWAPS):
+        for swap in range(count):
             version = 2 - swap % 2
             load.first.clear()
             began = time.monotonic()
@@ -102,6 +111,11 @@ def test_adapters_are_swapped_under_load_without_a_failed_call_or_a_mixed_episod
                 assert time.monotonic() < deadline, "the new version never answered"
                 time.sleep(0.002)
             delays.append(load.first[f"lora@{version}"] - began)
+    return delays, load
+
+
+def test_adapters_are_swapped_under_load_without_a_failed_call_or_a_mixed_episode(server: Served) -> None:
+    delays, load = swap_under_load(server, SWAPS)
     print(f"\n{SWAPS} swaps: first answer after {sorted(delays)[len(delays) // 2]:.3f} s, at most {max(delays):.3f} s")
     assert load.failed == []
     assert len(load.seen) > SWAPS and all(len(versions) == 1 for versions in load.seen.values())

@@ -138,8 +138,8 @@ def test_the_loss_of_accumulated_batches_is_that_of_the_whole(name: str, tmp_pat
     assert total == pytest.approx(whole, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILY)
-def test_on_policy_loss_and_gradient_are_those_of_trls_own_trainer(name: str, tmp_path: Path) -> None:
+def on_policy(name: str, work: Path) -> tuple[tuple[torch.Tensor, Any], tuple[torch.Tensor, Any]]:
+    """Loss and gradient of ours and of TRL's own trainer, on completions that TRL's generated and rewarded."""
     how = METHODS[name]
     tokenizer = byte_tokenizer_with_pad()
     from datasets import Dataset
@@ -148,7 +148,7 @@ def test_on_policy_loss_and_gradient_are_those_of_trls_own_trainer(name: str, tm
         return [float(len(text.encode()) % 3) + 0.1 * index for index, text in enumerate(completions)]
 
     args = GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=2, max_completion_length=5, beta=0.0,
+        output_dir=str(work), per_device_train_batch_size=4, num_generations=2, max_completion_length=5, beta=0.0,
         loss_type=how.loss, importance_sampling_level=how.level, epsilon=how.low, epsilon_high=how.high, use_cpu=True,
         bf16=False, gradient_checkpointing=False, report_to=[], seed=5, disable_tqdm=True,
     )  # fmt: skip
@@ -173,10 +173,16 @@ def test_on_policy_loss_and_gradient_are_those_of_trls_own_trainer(name: str, tm
         with torch.no_grad():
             logprobs = tuple(alone(model, row).tolist())
         rows.append(Row(row.episode_id, row.spans, "m", row.prompt_ids, row.completion_ids, row.mask, gains, logprobs))
-    ours = trainer_of(model, rows, name, tmp_path)
+    ours = trainer_of(model, rows, name, work)
     ours.max_completion_length = 5
     found = loss_of(ours, rows)
     mine = torch.autograd.grad(found, [one for one in model.parameters() if one.requires_grad])
+    return (found, mine), (wanted, gradients)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_on_policy_loss_and_gradient_are_those_of_trls_own_trainer(name: str, tmp_path: Path) -> None:
+    (found, mine), (wanted, gradients) = on_policy(name, tmp_path)
     assert found.item() == pytest.approx(wanted.item(), abs=1e-5)
     assert all(torch.allclose(one, two, atol=1e-5, rtol=1e-4) for one, two in zip(mine, gradients, strict=True))
 
