@@ -22,7 +22,7 @@ import numpy as np
 from collector.errors import BadInput
 from optimize.apo.engine import Evaluate, PartReport, Problem, Progress, Row, SearchResult, Stop
 from optimize.apo.model import Array, Evidence, Model, Posterior, Priors
-from optimize.apo.parts import Part, cut, render
+from optimize.apo.parts import Part, atomic, cut, render
 from optimize.apo.pool import Limits, Pool, Subset
 from optimize.apo.state import Failure, Proposer, State
 from optimize.apo.templates import guard
@@ -401,7 +401,7 @@ class _Search:
     def _harvest(self, proposed: Sequence[Part]) -> tuple[int, list[tuple[int, tuple[str, ...]]]]:
         """Adds what passes the guard: how many were new, and `(index, cited task ids)` of all."""
         added, cited = 0, []
-        for part in proposed:
+        for part in [piece for one in proposed for piece in atomic(one)]:
             reason = self._refusal(part)
             if reason is not None:
                 self.pool.reject(part.text, reason)

@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from collector.template import VARIABLE, variables
@@ -24,6 +24,15 @@ _SAFETY = re.compile(
     re.IGNORECASE,
 )
 _WORD = re.compile(r"\w+", re.UNICODE)
+_JOINT = re.compile(r"(?:, and|; and|;) (?=\w)")
+_OPENS = re.compile(
+    r"(?:always|never|make sure|ensure|remember to|do not|don't|before|after|if (?!not\b)|when|unless|use|write|give"
+    r"|answer|reply|return|output|state|name|list|include|avoid|keep|put|check|round|convert|follow|explain|quote|cite"
+    r"|(?:the|each|every|all) \w+(?: \w+){0,2} (?:must|should|needs? to|ha(?:s|ve) to))\b",
+    re.IGNORECASE,
+)
+_CONDITION = re.compile(r"(?:if|when|whenever|unless|before|after|while|for|in case|where)\b", re.IGNORECASE)
+_LEANS = re.compile(r"\b(?:it|its|them|their|this|that|these|those|so|do so|otherwise|both)\b", re.IGNORECASE)
 _TAIL_CHARS = 40  # what may follow the last variable of a template that ends with the question it asks
 
 
@@ -181,6 +190,23 @@ def _joined(texts: Sequence[str], gap: str) -> str:
 
 def _listed(lines: Sequence[str]) -> bool:
     return any(line.lstrip().startswith(("-", "*", "#")) or "\n" in line for line in lines)
+
+
+def atomic(part: Part) -> list[Part]:
+    """The part, or the instructions that its one sentence merges: "always do this, and never do that".
+
+    Tied together, a useful rule and a harmful one are worth nothing. Only what stands alone is cut off: the second half
+    opens as an instruction and leans on no word of the first, the first starts with no condition that may be meant for
+    both. Examples, whole rewrites and members of a group stay whole; each piece keeps the citations.
+    """
+    if part.kind not in ("instruction", "format") or part.group is not None or _CONDITION.match(part.text):
+        return [part]
+    for joint in _JOINT.finditer(part.text):
+        first, second = part.text[: joint.start()], part.text[joint.end() :]
+        if min(len(words(first)), len(words(second))) >= 3 and _OPENS.match(second) and not _LEANS.search(second):
+            halves = (first + ".", second[0].upper() + second[1:])
+            return [piece for half in halves for piece in atomic(replace(part, id=make(part.kind, half).id, text=half))]
+    return [part]
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -233,6 +233,17 @@ def test_harmful_sentences_of_the_seed_are_dropped() -> None:
     assert "riddles" not in found.best_template
 
 
+def test_a_merged_proposal_is_tried_as_the_instructions_it_is_made_of() -> None:
+    class Merging:
+        async def propose(self, state: State) -> list[Part]:
+            return [make("instruction", "Always answer in French, and never mention the weather.", cites=("t1",))]
+
+    world = World(SPECS["null"], 0)
+    found = asyncio.run(search(SEED_PROMPT, world.tasks, world.evaluate, Merging(), Params(budget=24)))
+    added = [row.part for row in found.parts if row.part.source == "editor"]
+    assert {part.text for part in added} == {"Always answer in French.", "Never mention the weather."}
+
+
 def test_members_of_a_group_are_never_in_one_prompt_and_refused_parts_never_in_any() -> None:
     tasks, seen = capital_tasks(20), []
 

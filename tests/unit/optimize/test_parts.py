@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collector.template import variables
-from optimize.apo.parts import cut, made_of, make, render, same_as
+from optimize.apo.parts import atomic, cut, made_of, make, render, same_as
 
 SHOT = make("demonstration", "Question: Capital of France?\nAnswer: Paris")
 RULE = make("format", "Output ONLY the answer.")
@@ -91,3 +91,37 @@ def test_rare_words_decide_whether_two_rules_are_the_same(text: str, match: int 
 def test_a_merged_sentence_of_known_rules_is_recognised() -> None:
     assert made_of("Always give the currency in euros and round to two decimals.", KNOWN)
     assert not made_of("Always give the currency in euros and shout at pelicans wearing hats.", KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        (
+            "Always answer in French, and never mention the weather.",
+            ["Always answer in French.", "Never mention the weather."],
+        ),
+        (
+            "Give prices in euros; round to two decimals, and do not name the shop.",
+            ["Give prices in euros.", "Round to two decimals.", "Do not name the shop."],
+        ),
+        (
+            "Name the city first, and the date must follow the name.",
+            ["Name the city first.", "The date must follow the name."],
+        ),
+        ("Give the name, and the capital of the country.", None),
+        ("If the price is missing, say so, and always name the shop.", None),
+        ("Find the longest word, and write it in capitals.", None),
+        ("Be brief, and use few words", ["Be brief, and use few words"]),
+    ],
+)
+def test_a_merged_sentence_is_split_where_both_halves_stand_alone(text: str, pieces: list[str] | None) -> None:
+    part = make("instruction", text, cites=("t1",))
+    split = atomic(part)
+    assert [piece.text for piece in split] == (pieces or [text])
+    assert all(piece == make("instruction", piece.text, cites=("t1",)) for piece in split)
+
+
+def test_what_must_stay_whole_is_not_split() -> None:
+    text = "Always answer in French, and never mention the weather."
+    for part in (make("demonstration", text), make("rewrite", text), make("instruction", text, group="one of")):
+        assert atomic(part) == [part]
