@@ -56,6 +56,7 @@ _BY_CHARACTER = tuple(
     (rare, tuple((literal, pattern) for other, literal, pattern in _TOKENS if other == rare))
     for rare in dict.fromkeys(rare for rare, _, _ in _TOKENS)
 )
+_LITERALS = (*(literal for _, literal, _ in _TOKENS), "-----BEGIN")
 _DIGIT = re.compile(r"[0-9]")
 _LIKE_WORDS = ("sk-", "github_pat_", "xox", "Bearer ", "bearer ")
 # Header lines, base64, line ends as they are or escaped; the end mark may have been cut off.
@@ -69,6 +70,8 @@ _EMAIL = re.compile(r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1
 
 def text(value: str, emails: bool = False) -> tuple[str, bool]:
     """`(masked, hit)`. Text without secrets comes back as the same object."""
+    if len(value) <= _SHORT and not any(map(value.__contains__, _LITERALS)) and not (emails and "@" in value):
+        return value, False
     masked = value
     for rare, tokens in _BY_CHARACTER:
         if rare in value:
@@ -113,9 +116,13 @@ def exchange(call: Call, emails: bool = False) -> Call:
 def payloads(line: dict[str, Any], emails: bool = False) -> None:
     """Masks a span's line in place: payloads, and what a client may have put a key into by mistake. A hit drops its
     token ids and logprobs too."""
-    held = [value for value in map(line.get, _MASKED) if value]
-    looks = [value for value in held if len(value) > _SHORT]  # what is short is looked at together
-    looks.append("\n".join([value for value in held if len(value) <= _SHORT]))
+    held = [*filter(None, map(line.get, _MASKED))]
+    together = "\n".join(held)  # what is short is looked at together
+    if len(together) <= _SHORT:
+        looks = [together]
+    else:
+        looks = [value for value in held if len(value) > _SHORT]
+        looks.append("\n".join([value for value in held if len(value) <= _SHORT]))
     if any(text(value, emails)[1] for value in looks):
         line.update({name: text(line[name], emails)[0] for name in _MASKED if line.get(name)})
         for name in SPELLED:

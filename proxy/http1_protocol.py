@@ -13,7 +13,7 @@ from typing import Any, cast
 import httptools
 
 from proxy.http1_errors import ClosedEarly, ProtocolError, ReadTimeout, TransportError
-from proxy.http1_response import Response
+from proxy.http1_response import Header, Response
 
 MAX_HEAD = 64 * 1024  # bytes of headers, and bytes in a row of trailers or chunk framing without any body
 MAX_HEADERS = 256
@@ -43,6 +43,8 @@ class Connection(asyncio.Protocol):
         self._progress = False
         self._reusable = True
         self._coded = False
+        self._trailers: list[Header] = []  # they are dropped
+        self._headers = self._trailers  # where the next header belongs
         self._served = 0
         self._seen = 0
         self._idle_bytes = 0
@@ -69,6 +71,7 @@ class Connection(asyncio.Protocol):
             raise ClosedEarly("the connection has ended")
         response = self._response = Response(self)
         self._headless = headless
+        self._headers = response.headers
         self._seen = self._idle_bytes = 0
         self._whole = self._interim = self._coded = False
         self._sent_at = self.used_at = self._now()
@@ -181,11 +184,10 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Parser: a header, or after the head a trailer, which is dropped."""
-        response = self._response
-        if response is None or response.status:
-            return
-        response.headers.append((name, value))
+        self._headers.append((name, value))
         if len(name) == 17 and name.lower() == b"transfer-encoding":
+            if self._headers is self._trailers:
+                return
             if self._coded or value.strip().lower() != b"chunked":
                 raise ProtocolError(f"transfer-encoding {value[:40]!r} is not understood", self._seen)
             self._coded = True
@@ -210,6 +212,8 @@ class Connection(asyncio.Protocol):
             self._unsent = None
             self._reusable = False
         response.status = status
+        self._headers = self._trailers
+        self._trailers.clear()
         self._progress = True
         if self._headless:
             self._whole = True
@@ -217,8 +221,10 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, chunk: bytes) -> None:
         """Parser: a piece of the body."""
-        if self._response is not None:
-            self._response.add(chunk)
+        response = self._response
+        if response is not None:
+            response.pieces.append(chunk)
+            response.buffered += len(chunk)
             self._progress = True
 
     def on_message_complete(self) -> None:
@@ -235,7 +241,7 @@ class Connection(asyncio.Protocol):
             raise ProtocolError(f"status {status} was not asked for", self._seen)
         self._interim = True
         self._coded = False
-        response.headers = []
+        self._headers = response.headers = []
         self.used_at = self._now()
 
     def _framed(self, response: Response) -> bool:

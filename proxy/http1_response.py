@@ -34,7 +34,6 @@ class Response:
     """
 
     __slots__ = (
-        "_chunks",
         "_done",
         "_error",
         "_source",
@@ -45,6 +44,7 @@ class Response:
         "limit",
         "listener",
         "on_error",
+        "pieces",
         "retried",
         "status",
     )
@@ -53,11 +53,11 @@ class Response:
         self.status = 0
         self.headers: list[Header] = []
         self.retried = False
-        self.buffered = 0
+        self.buffered = 0  # bytes of `pieces`
         self.limit = HIGH_WATER
         self.on_error: Callable[[TransportError], Exception] | None = None
         self.listener: Callable[[], None] | None = None
-        self._chunks: list[bytes] = []
+        self.pieces: list[bytes] = []  # of the body, not read yet; the connection adds to them, and calls `wake`
         self._done = False
         self._error: TransportError | None = None
         self._source: Source | None = source
@@ -83,7 +83,7 @@ class Response:
 
     async def __anext__(self) -> bytes:
         """The bytes that came since the last call, as one. What came before an error is given before it is raised."""
-        while not self._chunks:
+        while not self.pieces:
             if self._error is not None:
                 raise self._told(self._error)
             if self._done:
@@ -119,17 +119,12 @@ class Response:
 
     def take(self) -> bytes:
         """What has come of the body since the last time; empty where nothing has."""
-        return self._take() if self._chunks else b""
+        return self._take() if self.pieces else b""
 
     def resume(self) -> None:
         """What was taken leaves room for more."""
         if self._source is not None:
             self._source.resume()
-
-    def add(self, chunk: bytes) -> None:
-        """Keeps a piece of the body; `wake` tells the reader, once for all pieces of one read."""
-        self._chunks.append(chunk)
-        self.buffered += len(chunk)
 
     @property
     def pausing(self) -> bool:
@@ -188,7 +183,7 @@ class Response:
         return told
 
     def _take(self) -> bytes:
-        chunks = self._chunks
+        chunks = self.pieces
         whole = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         chunks.clear()
         self.buffered = 0

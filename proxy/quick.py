@@ -237,9 +237,9 @@ class QuickCall:
         run, ends = streaming.pass_on(chunk, complete) if chunk else (b"", False)
         if complete and not ends:
             run, ends = run + streaming.end(), True
+        call.response_bytes += len(run)
         if ends:
             self._quick.recorder.write(call)
-        call.response_bytes += len(run)
         if run:
             head += b"%x\r\n%b\r\n" % (len(run), run)
         if complete:

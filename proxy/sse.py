@@ -98,4 +98,4 @@ def values(stream: bytes) -> list[dict[str, Any]] | None:
         found = orjson.loads(b"[%b]" % b",".join(parts))
     except orjson.JSONDecodeError:
         return None
-    return found if len(found) == len(parts) and all(type(value) is dict for value in found) else None
+    return found if len(found) == len(parts) and set(map(type, found)) <= {dict} else None

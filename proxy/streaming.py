@@ -122,13 +122,7 @@ class Streaming:
             return
         copy = self._answer.decoded(b"".join((*self._copy, self._splitter.rest))) or b""
         parser = self._call.dialect.parser()
-        values = sse.values(copy)
-        if values is None:
-            for event in sse.events(copy):
-                parser.feed(event)
-        else:
-            for value in values:
-                parser.take(value)
+        parser.read(copy)
         self._call.summary = parser.summary()
         self._call.cost_usd = self._answer.cost_usd
         judge(self._call, self._answer.status)

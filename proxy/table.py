@@ -16,6 +16,7 @@ import time
 import zlib
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
+from itertools import compress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -28,6 +29,8 @@ _ENTRY = _HEAD.size + VALUE
 _TIME = struct.Struct("<Q")
 _TIMES = struct.Struct(f"<{WAYS}Q")
 _KEYS = WAYS * KEY
+_NAMES = struct.Struct(f"{KEY}s" * WAYS)
+_ALL = range(WAYS)
 _ENTRIES = _KEYS + _TIMES.size  # where they begin in a bucket
 _BUCKET = _ENTRIES + WAYS * _ENTRY
 _MAGIC = b"ratchet1"
@@ -144,17 +147,9 @@ class Table:
         return _HEADER + int.from_bytes(key[:8], "little") % self._buckets * _BUCKET
 
     def _ways(self, bucket: int, key: bytes) -> list[int]:
-        """Where in the bucket the key stands. (A copied slice is searched as memory; a loop in Python isn't.)"""
-        keys = self._map[bucket : bucket + _KEYS]
-        if key not in keys:
-            return []
-        ways = []
-        at = keys.find(key)
-        while at >= 0:
-            if at % KEY == 0:
-                ways.append(at // KEY)
-            at = keys.find(key, at + 1)
-        return ways
+        """Where in the bucket the key stands."""
+        keys = _NAMES.unpack_from(self._map, bucket)
+        return [*compress(_ALL, map(key.__eq__, keys))] if key in keys else []
 
     def _read(self, bucket: int, way: int, key: bytes) -> tuple[int, bytes] | None:
         at = bucket + _ENTRIES + way * _ENTRY
@@ -171,10 +166,8 @@ class Table:
             raise ValueError(f"keys are {KEY} bytes and values at most {VALUE}")
         bucket = self._bucket(key)
         times = _TIMES.unpack_from(self._map, bucket + _KEYS)
-        if self._map[bucket : bucket + _KEYS].count(key) < WAYS // 2:
-            way = times.index(min(times))
-        else:
-            way = min(self._ways(bucket, key), key=times.__getitem__)
+        ways = self._ways(bucket, key)
+        way = times.index(min(times)) if len(ways) < WAYS // 2 else min(ways, key=times.__getitem__)
         at = bucket + way * KEY
         self._map[at : at + KEY] = key
         self._store(bucket, way, key, _LIVE, value)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import orjson
 
+from proxy import sse
 from proxy.sse import Event
 
 Json = dict[str, Any]
@@ -63,6 +64,16 @@ class Summary:
 
 class StreamParser(Protocol):
     """Follows one stream."""
+
+    def read(self, stream: bytes) -> None:
+        """Takes a whole stream, or what there is of it."""
+        values = sse.values(stream)
+        if values is None:
+            for event in sse.events(stream):
+                self.feed(event)
+        else:
+            for value in values:
+                self.take(value)
 
     def feed(self, event: Event) -> None:
         """Takes the next event; what isn't a JSON object tells nothing."""

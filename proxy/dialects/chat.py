@@ -4,6 +4,8 @@ from typing import Any
 
 import orjson
 
+from proxy import sse
+from proxy.dialects import runs
 from proxy.dialects.base import (
     Json,
     Prompt,
@@ -24,6 +26,7 @@ from proxy.sse import Event
 # What is told alike by each chunk, or told only where it isn't null.
 _PLAIN = {"id", "object", "created", "model", "system_fingerprint", "service_tier", "obfuscation", "choices", "usage"}
 _PLAIN_CHOICE = {"index", "delta", "finish_reason", "logprobs"}
+_CALLING = frozenset(("tool_calls", "function_call", "tool_call_id"))
 _TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
 
 
@@ -82,13 +85,31 @@ class Chat:
         return summary
 
 
-class ChatStream:
+class ChatStream(StreamParser):
     """Puts the chunks of a stream together again."""
 
     def __init__(self) -> None:
         self._summary = Summary()
         self._choices: dict[int, Json] = {}
         self._prompt_ids: Any = None
+
+    def read(self, stream: bytes) -> None:
+        """Takes a whole stream; of a long run of texts, chunk by chunk the same otherwise, only the texts."""
+        run = runs.find(stream)
+        values = None if run is None else sse.values(run.before + run.after)
+        if run is None or values is None:
+            super().read(stream)
+            return
+        first, second, *after = values
+        self.take(first)
+        self.take(second)
+        if _only_text(second) is not None and 0 in self._choices:
+            self._choices[0]["texts"].setdefault("content", []).extend(run.texts)
+        else:
+            for text in run.texts:
+                self.take(_with_text(second, text))
+        for value in after:
+            self.take(value)
 
     def feed(self, event: Event) -> None:
         """Takes the next event; what isn't a JSON object is no chunk."""
@@ -143,6 +164,12 @@ def _only_text(chunk: Json) -> str | None:
     return text if type(text) is str else None
 
 
+def _with_text(chunk: Json, text: str) -> Json:
+    """The chunk with another text in its first choice."""
+    choice, *others = chunk["choices"]
+    return {**chunk, "choices": [{**choice, "delta": {**choice["delta"], "content": text}}, *others]}
+
+
 def head(reply: Json) -> Summary:
     """Id, model, usage and error of a completion or a chunk."""
     summary = Summary()
@@ -177,9 +204,11 @@ def finish(
 
 
 def _turn(message: Json) -> Turn:
-    role, content = string(message.get("role")) or "", message.get("content")
-    if len(message) == 2 and isinstance(content, str):
-        return turn(role, content)
+    role, content = message.get("role"), message.get("content")
+    if type(role) is str and type(content) is str and _CALLING.isdisjoint(message):  # as most are
+        reply = role == "assistant"
+        return Turn(reply, orjson.dumps((role, content.strip() if reply else content, (), None)))
+    role = string(role) or ""
     calls = [
         (call.get("id"), function.get("name"), function.get("arguments") or "")
         for call in dicts(message.get("tool_calls"))

@@ -42,7 +42,7 @@ class Completions:
         return stream.summary()
 
 
-class CompletionsStream:
+class CompletionsStream(StreamParser):
     """Joins the texts of each choice."""
 
     def __init__(self) -> None:

@@ -77,7 +77,7 @@ class Messages:
         return summary
 
 
-class MessagesStream:
+class MessagesStream(StreamParser):
     """Builds the message from its block events."""
 
     def __init__(self) -> None:

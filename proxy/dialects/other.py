@@ -33,7 +33,7 @@ class Other:
         return Summary(error_type=error_of(reply))
 
 
-class Silent:
+class Silent(StreamParser):
     """Reads nothing."""
 
     def feed(self, event: Event) -> None:

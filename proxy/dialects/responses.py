@@ -94,7 +94,7 @@ class Responses:
 _CALL = ("name", "arguments")
 
 
-class ResponsesStream:
+class ResponsesStream(StreamParser):
     """Collects text and finished items until the event that holds the whole response replaces them."""
 
     def __init__(self) -> None:
