@@ -55,10 +55,13 @@ WHERE day = $day AND start_ns IS NOT NULL
 ORDER BY 1
 """
 _STRETCH = """
-SELECT * FROM payloads WHERE day = $day AND start_ns >= $since AND start_ns < $until
+SELECT * FROM (FROM payloads UNION ALL BY NAME FROM fresh_payloads)
+WHERE day = $day AND start_ns >= $since AND start_ns < $until
 ORDER BY episode_id, start_ns, span_id
 """
-_TIMELESS = "SELECT * FROM payloads WHERE day = $day AND start_ns IS NULL"
+_TIMELESS = """
+SELECT * FROM (FROM payloads UNION ALL BY NAME FROM fresh_payloads) WHERE day = $day AND start_ns IS NULL
+"""
 _NO_PAYLOADS = """
 SELECT NULL::VARCHAR AS span_id, NULL::VARCHAR AS episode_id, NULL::BIGINT AS start_ns,
   NULL::VARCHAR AS input_messages, NULL::VARCHAR AS output_messages, NULL::VARCHAR AS tools,
@@ -293,6 +296,7 @@ def close_day(cursor: Any, part: Part) -> None:
         "INSERT INTO _parts VALUES (?, ?, ?, ?)", [part.day, part.rows["spans"], len(part.segments), not part.retained]
     )
     cursor.execute("DELETE FROM payloads WHERE day = ?", [part.day])
+    cursor.execute("DELETE FROM fresh_payloads WHERE day = ?", [part.day])
     cursor.execute("DELETE FROM _segments WHERE day = ?", [part.day])
 
 

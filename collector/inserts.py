@@ -11,11 +11,15 @@ from collector.settle import settle
 
 _DAY_NS = 86_400 * 1_000_000_000
 
+_PAYLOADS = {
+    "payloads": "INSERT INTO payloads BY NAME SELECT *, $day AS day FROM journal_payloads($files, $size, 'span')",
+    "fresh_payloads": """
+        INSERT INTO fresh_payloads BY NAME SELECT *, $day AS day FROM journal_payloads($files, $size, 'span')""",
+}
 # Spans and rewards carry the batch and the day that brought them; see schema.sql.
 _INSERTS: dict[str, tuple[str, ...]] = {
     "span": (
         "INSERT INTO spans BY NAME SELECT *, $batch AS batch, $day AS day FROM journal_calls($files, $size, 'span')",
-        "INSERT INTO payloads BY NAME SELECT *, $day AS day FROM journal_payloads($files, $size, 'span')",
     ),
     # Exporters send again what they had no answer for: known by the span's id. Payloads first, by what `spans` lacks.
     "otlp": (
@@ -75,9 +79,15 @@ def day_of(name: str) -> int:
     return int(digits) // _DAY_NS if digits.isdecimal() and len(digits) <= 19 else 0
 
 
-def insert(cursor: Any, segments: Sequence[Segment], batch: int, closed: frozenset[int] = frozenset()) -> None:
+def insert(
+    cursor: Any,
+    segments: Sequence[Segment],
+    batch: int,
+    closed: frozenset[int] = frozenset(),
+    payloads: str = "payloads",
+) -> None:
     """Insert rows and names as batch number `batch`, within the caller's transaction. Days that are `closed` or in the
-    archive get no more rows.
+    archive get no more rows. The payloads of recorded calls go to the table `payloads` or `fresh_payloads`.
 
     Raises duckdb's errors where a line does not fit.
     """
@@ -88,17 +98,18 @@ def insert(cursor: Any, segments: Sequence[Segment], batch: int, closed: frozens
     for segment in segments:
         by_day[_open_day(segment.day, archived | closed)].append(segment)
     for day, group in by_day.items():
-        _insert_day(cursor, group, batch, day)
+        _insert_day(cursor, group, batch, day, _PAYLOADS[payloads])
     if first is not None:
         _settle(cursor, first, events)
 
 
-def _insert_day(cursor: Any, segments: Sequence[Segment], batch: int, day: int) -> None:
+def _insert_day(cursor: Any, segments: Sequence[Segment], batch: int, day: int, payloads: str) -> None:
     size = max(16 << 20, max(segment.longest for segment in segments) + 1024)
     for event, statements in _INSERTS.items():
         files = [str(segment.path.resolve()) for segment in segments if event in segment.events]
         given = {"files": files, "size": size, "batch": batch, "day": day}
-        for statement in statements if files else ():
+        wanted = (*statements, payloads) if event == "span" else statements
+        for statement in wanted if files else ():
             cursor.execute(statement, {name: value for name, value in given.items() if f"${name}" in statement})
     now = time.time_ns()
     for one in segments:

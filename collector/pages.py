@@ -82,7 +82,8 @@ WHERE start_ns BETWEEN $since AND $until AND episode_id IN (SELECT unnest($ids))
 """
 ANY_ECHO = "SELECT 1 FROM echoes LIMIT 1"
 _OWN_ECHOES = """
-SELECT e.span_id, e.trace_id, NULL AS response_id, s.episode_id, s.span_id AS of FROM echoes AS e JOIN spans AS s ON s.span_id = e.echo_of
+SELECT e.span_id, e.trace_id, NULL AS response_id, s.episode_id, s.span_id AS of FROM echoes AS e
+JOIN spans AS s ON s.span_id = e.echo_of
 WHERE s.start_ns BETWEEN $since AND $until AND s.episode_id IN (SELECT unnest($ids))
 """
 _REWARDS = """

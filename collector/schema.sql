@@ -41,6 +41,9 @@ CREATE TABLE IF NOT EXISTS payloads (
   logprobs VARCHAR USING COMPRESSION zstd, attributes VARCHAR USING COMPRESSION zstd, day INTEGER
 );
 
+-- Long ones wait here for those of the same episode (histories.py).
+CREATE TABLE IF NOT EXISTS fresh_payloads AS SELECT * FROM payloads LIMIT 0;
+
 CREATE TABLE IF NOT EXISTS rewards (
   reward_id VARCHAR, target_kind VARCHAR, target_id VARCHAR, name VARCHAR, value DOUBLE, label VARCHAR,
   explanation VARCHAR, source VARCHAR, idempotency_key VARCHAR, ts_ns BIGINT, day INTEGER, target_key UBIGINT
@@ -172,6 +175,8 @@ SELECT * EXCLUDE (event) FROM read_ndjson(files, maximum_object_size = size, col
 -- Payloads of the days in the archive, beside those of the days since. The variable lists Parquet files.
 CREATE OR REPLACE VIEW payloads_v AS
 SELECT * EXCLUDE (day) FROM payloads
+UNION ALL BY NAME
+SELECT * EXCLUDE (day) FROM fresh_payloads
 UNION ALL BY NAME
 SELECT span_id, episode_id, start_ns, input_messages, output_messages, tools, token_ids, logprobs, attributes
 FROM read_parquet(getvariable('archived_payloads'));

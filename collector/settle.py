@@ -62,6 +62,10 @@ _BRING_PAYLOADS = """
 UPDATE payloads SET episode_id = h.episode_id
 FROM (SELECT unnest($spans) AS span_id, unnest($episodes) AS episode_id) AS h WHERE payloads.span_id = h.span_id
 """
+_BRING_FRESH_PAYLOADS = """
+UPDATE fresh_payloads SET episode_id = h.episode_id
+FROM (SELECT unnest($spans) AS span_id, unnest($episodes) AS episode_id) AS h WHERE fresh_payloads.span_id = h.span_id
+"""
 
 
 def settle(cursor: Any, first: int, *, observed: bool, recorded: bool) -> set[str]:
@@ -94,4 +98,5 @@ def settle(cursor: Any, first: int, *, observed: bool, recorded: bool) -> set[st
         brought = {"spans": [span for span, _, _ in strays], "episodes": [home for _, _, home in strays]}
         cursor.execute(_BRING_HOME, brought)
         cursor.execute(_BRING_PAYLOADS, brought)
+        cursor.execute(_BRING_FRESH_PAYLOADS, brought)
     return moved

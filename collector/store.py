@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import duckdb
 
-from collector import archive, fold, lookup, pages, paging, results
+from collector import archive, fold, histories, lookup, pages, paging, results
 from collector.errors import Conflict, QueryError, Unavailable
 from collector.inserts import Segment, insert
 from collector.readonly import one_select
@@ -89,7 +89,7 @@ WITH latest AS (
     AND operation IN ('chat', 'responses', 'messages', 'text_completion')
   ORDER BY start_ns DESC, span_id LIMIT $limit)
 SELECT l.span_id, l.request_model, p.input_messages FROM latest AS l JOIN (
-  SELECT span_id, input_messages FROM payloads
+  SELECT span_id, input_messages FROM (FROM payloads UNION ALL BY NAME FROM fresh_payloads)
   WHERE start_ns >= (SELECT min(start_ns) FROM latest) AND input_messages IS NOT NULL) AS p USING (span_id)
 QUALIFY sum(length(p.input_messages)) OVER (ORDER BY l.start_ns DESC, l.span_id) <= $characters
 ORDER BY l.start_ns DESC, l.span_id
@@ -140,6 +140,7 @@ class Store:
         self._behind = True  # whether `episodes` may lack something
         self._unfolded = 0  # lines loaded since `episodes` was brought up to date
         self._cursors = paging.Cursors()
+        self._unsorted = 0  # bytes of payloads that wait to be sorted
         self._closed: set[int] = set()  # days that are being written to the archive
         self._unmatched = (0.0, 0)  # (good until, how many)
         self.archive = archive.Archive(self._journal.parent / archive.FOLDER)
@@ -199,6 +200,7 @@ class Store:
             "threads": 1,
             "memory_limit": f"{self._settings.memory_limit_mb}MB",
             "wal_autocheckpoint": "256MB",
+            "default_block_size": "65536",  # a column of a small table fills no larger one
             "autoinstall_known_extensions": "false",
             "autoload_known_extensions": "false",
         }
@@ -240,6 +242,7 @@ class Store:
         self.archive.attach(con, self._journal)
         self._behind = True
         ((self._batch,),) = con.execute(_LAST_BATCH).fetchall()
+        self._unsorted = histories.waiting(con)
         con.execute("SET allowed_directories = ?", [[str(self._journal.resolve()), str(self.archive.path)]])
         con.execute("SET enable_external_access = false")
         con.execute("SET lock_configuration = true")
@@ -298,10 +301,12 @@ class Store:
 
         Raises one of DATA_ERRORS where a line does not fit the schema; then nothing of it was stored.
         """
+        long = histories.are_long(segments)
         with self._cursor() as cursor:
             cursor.execute("BEGIN")
             try:
-                insert(cursor, segments, self._batch + 1, frozenset(self._closed))
+                table = "fresh_payloads" if long else "payloads"
+                insert(cursor, segments, self._batch + 1, frozenset(self._closed), table)
                 with self._commits:
                     cursor.execute("COMMIT")
                     self._batch += 1
@@ -313,6 +318,26 @@ class Store:
         self._unfolded += sum(segment.lines for segment in segments)
         if self._unfolded >= _FOLD_LINES:
             self.fold()
+        if long:
+            self._unsorted += sum(segment.bytes for segment in segments)
+            self._sort()
+
+    def _sort(self) -> None:
+        """Once there is a stretch of them, sort long payloads into their place. They are as good unsorted."""
+        if self._unsorted < histories.STRETCH_BYTES:
+            return
+        self._unsorted = 0
+        with self._cursor() as cursor:
+            try:
+                cursor.execute("BEGIN")
+                histories.settle(cursor)
+                cursor.execute("COMMIT")
+            except _FATAL:
+                raise
+            except duckdb.Error as error:
+                log.error("long payloads stay unsorted for now: %s", error)
+                with contextlib.suppress(duckdb.Error):
+                    cursor.execute("ROLLBACK")
 
     def fits(self, segment: Segment) -> bool:
         """Whether every line of the segment fits the schema. Nothing is stored."""

@@ -133,7 +133,7 @@ def test_an_empty_or_wholly_broken_segment_is_done_with(world: World) -> None:
 def test_lines_larger_than_the_engines_buffer_are_loaded(world: World) -> None:
     write(world.data_dir, call(1, input_messages="x" * (40 << 20)), call(2))
     assert world.loader.load_once() == 2
-    assert world.rows("SELECT max(length(input_messages)) FROM payloads") == [[40 << 20]]
+    assert world.rows("SELECT max(length(input_messages)) FROM payloads_v") == [[40 << 20]]
 
 
 def test_repeated_rewards_are_dropped_within_and_across_segments(world: World) -> None:

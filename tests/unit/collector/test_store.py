@@ -150,6 +150,26 @@ def test_a_reward_that_came_before_its_span_counts_once_the_span_is_there(tmp_pa
     made.close()
 
 
+def test_episodes_of_a_version_are_found_among_the_newest_and_among_all(tmp_path: Path) -> None:
+    old = [call(number, episode_id=f"ep-{number:04}", prompt_slot="s", prompt_version=1) for number in range(3)]
+    new = [
+        call(number, episode_id=f"ep-{number:04}", prompt_slot="s", prompt_version=2) for number in range(100, 1_200)
+    ]
+    made = loaded(tmp_path, *old, *new, reward(1, "episode", "ep-0001", 0.5))
+    anything = {"before_ns": None, "before_id": None, "min_reward": None, "max_reward": None, "status": None}
+
+    def found(slot: str | None, version: int | None, limit: int = 5) -> list[str]:
+        page = made.episodes(**anything, slot=slot, version=version, limit=limit)
+        return [row["episode_id"] for row in page]
+
+    assert found("s", 2) == [f"ep-{number:04}" for number in range(1_199, 1_194, -1)]
+    assert found("s", 1) == found(None, 1) == ["ep-0002", "ep-0001", "ep-0000"], "older than the newest thousand"
+    assert found("s", 3) == found("other", None) == found("other", 1) == []
+    page = made.episodes(**{**anything, "before_ns": 1_002, "before_id": "ep-0002"}, slot="s", version=None, limit=5)
+    assert [(row["episode_id"], row["reward"]) for row in page] == [("ep-0001", 0.5), ("ep-0000", None)]
+    made.close()
+
+
 TARGETS = st.sampled_from(
     [
         ("episode", "ep-a"),
