@@ -16,14 +16,14 @@ from typing import Any
 from collector.client import Remote
 
 RATCHET = [sys.executable, "-P", "-c", "import ratchet; ratchet.main()"]
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 
 
 class Patient(Remote):
     """A client whose `flush` does not give up on a busy machine."""
 
     def flush(self) -> dict[str, Any]:
-        """Until what was journalled before can be read, or a minute has passed."""
+        """Until what was journalled before can be read, or two minutes have passed."""
         deadline = time.monotonic() + START_SECONDS
         while (told := super().flush())["pending"] and time.monotonic() < deadline:
             continue
@@ -73,7 +73,7 @@ def served(data_dir: Path, upstream: str, *flags: str, config: Path | None = Non
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         try:
-            process.wait(timeout=40)
+            process.wait(timeout=90)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -89,7 +89,7 @@ def test_an_unmodified_agent_becomes_one_rewarded_episode(name: str, server: tup
     calls = len(upstream.requests)
 
     done = subprocess.run(
-        AGENTS[name], env=running.environment(), capture_output=True, text=True, timeout=100, check=False
+        AGENTS[name], env=running.environment(), capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ANSWER

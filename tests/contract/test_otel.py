@@ -41,7 +41,7 @@ def run(server: Served, which: str) -> str:
         python = str(OWN)
     environment = server.environment(OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT="true")
     done = subprocess.run(
-        [python, str(AGENT), which], env=environment, capture_output=True, text=True, timeout=100, check=False
+        [python, str(AGENT), which], env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

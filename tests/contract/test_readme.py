@@ -104,5 +104,5 @@ def test_the_python_lines_run_as_written(server: Served, monkeypatch: pytest.Mon
     code = code.replace('"Hello"', '"Capital of France?"')
     environment = {**server.environment(), "PATH": os.environ["PATH"]}
     line = [sys.executable, "-c", f"{code}\nprint(answer.choices[0].message.content)"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=100, check=False, env=environment)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=280, check=False, env=environment)
     assert "Paris" in done.stdout, done.stderr

@@ -89,7 +89,7 @@ def test_every_task_can_be_solved_and_a_wrong_answer_earns_less(name: str) -> No
 def _ran(name: str, task: dict[str, object], upstream: FakeUpstream) -> str:
     env = {**os.environ, "OPENAI_BASE_URL": upstream.url, "OPENAI_API_KEY": "k"}
     command = [sys.executable, str(EXAMPLES / name / "agent.py")]
-    done = subprocess.run(command, input=json.dumps(task) + "\n", env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, input=json.dumps(task) + "\n", env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
