@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 TORCH_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install check format test otel-clients chdb test-clickhouse bench-scaleout test-phoenix test-clients test-model faults bench-apo bench-apo-real bench-gateway bench-store bench-scale-out bench-rl study-capital gpu-check demo serve image-steps clean lock
+.PHONY: install check format test otel-clients chdb test-clickhouse bench-clickhouse test-phoenix test-clients test-model faults bench-apo bench-apo-real bench-gateway bench-store bench-scale-out bench-rl study-capital gpu-check demo serve image-steps clean lock
 
 # A stamp per lock: made anew when the lock or the project's metadata changes.
 $(VENV)/bin/python:
@@ -83,8 +83,8 @@ test-clickhouse: install chdb
 	$(BIN)/python -m pytest tests/clickhouse
 
 # The same spans in DuckDB and in ClickHouse's engine: ingest, pages, aggregates; under 5 minutes.
-bench-scaleout: install chdb
-	$(BIN)/python -m bench.scaleout
+bench-clickhouse: install chdb
+	$(BIN)/python -m bench.clickhouse
 
 # Real clients and frameworks, unmodified, each in an environment of its own under .venvs (made once; some GB).
 test-clients: install

@@ -38,6 +38,7 @@ _NO_DATABASE, _NO_TABLE = 81, 60
 _CRC_BYTES = len(b',"crc":"00000000"}')
 _KIND_AT = len(b'{"event":"')
 _IDS = 400  # in one statement
+_NEW_IDS = 1000  # which are asked for once, and mostly our own and short
 _SPANS_OF_A_PAGE = 16  # of an episode, at the first look
 _NEAR_NS = 3_600_000_000_000
 _LATEST_NS = (1 << 63) - 1
@@ -152,7 +153,7 @@ class ClickHouse(Store):
         first: dict[str, bytes] = {}
         for row, line in parsed:
             first.setdefault(str(row[name]), line)
-        for ids in chunks(first, _IDS):
+        for ids in chunks(first, _NEW_IDS):
             for row in server.rows(statement, {"ids": ids}):
                 del first[row["id"]]
         return list(first.values())

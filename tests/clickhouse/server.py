@@ -38,6 +38,12 @@ class Server:
             assert self._process.stdout is not None
             self._process.stdout.close()
 
+    @property
+    def pid(self) -> int:
+        """Of the process that holds the engine."""
+        assert self._process is not None
+        return self._process.pid
+
     def url(self, database: str | None = None) -> str:
         """The URL of a database, of a new one unless told."""
         return f"clickhouse://{USER}:{quote(PASSWORD, safe='')}@127.0.0.1:{self._port}/{database or fresh()}"
