@@ -24,7 +24,8 @@ def _words() -> tuple[str, ...]:
     )
 
 
-def _text(rng: random.Random, size: int) -> str:
+def text(rng: random.Random, size: int) -> str:
+    """About `size` characters that compress about as prose does."""
     words: list[str] = []
     length = 0
     while length < size:
@@ -45,10 +46,10 @@ def _tools() -> str:
             "type": "function",
             "function": {
                 "name": f"tool_{number}",
-                "description": _text(rng, 150),
+                "description": text(rng, 150),
                 "parameters": {
                     "type": "object",
-                    "properties": {"query": {"type": "string", "description": _text(rng, 80)}},
+                    "properties": {"query": {"type": "string", "description": text(rng, 80)}},
                 },
             },
         }
@@ -63,12 +64,12 @@ class _Episode:
         self.trace = f"{rng.getrandbits(128):032x}"
         self.number = number
         self.left = rng.randint(3, 9)
-        self.messages = [{"role": "system", "content": _text(rng, 1000)}]
+        self.messages = [{"role": "system", "content": text(rng, 1000)}]
 
     def call(self, rng: random.Random, at_ns: int) -> Exchange:
         self.left -= 1
-        self.messages.append({"role": "user", "content": _text(rng, rng.randint(200, 1000))})
-        answer = {"role": "assistant", "content": _text(rng, rng.randint(100, 600)), "finish_reason": "stop"}
+        self.messages.append({"role": "user", "content": text(rng, rng.randint(200, 1000))})
+        answer = {"role": "assistant", "content": text(rng, rng.randint(100, 600)), "finish_reason": "stop"}
         sent = orjson.dumps(self.messages).decode()
         self.messages.append(answer)
         return Exchange(

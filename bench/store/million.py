@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.result import Result
+from bench.store import browse
 from bench.store.ingest import folder, settings
 from collector.service import Collector
 
@@ -79,6 +80,7 @@ def measure(result: Result, spans: int, rounds: int) -> None:
         found = collector.query(_ALL).json()["rows"][0]
         lite, expected = _sqlite(collector, data_dir / "spans.sqlite", rounds)
         collector.close()
+        browse.measure(result, data_dir, rounds)
     result.notes["same_answer_as_sqlite"] = [float(one) for one in found] == [float(one) for one in expected]
     result.measures["episodes_cpu_ms"] = 1000 * ours
     result.measures["episodes_sqlite_cpu_ms"] = 1000 * lite
