@@ -89,7 +89,8 @@ def _logprobs(text: Any) -> tuple[float, ...] | None:
     values = found[0].get("token_logprobs")
     if values is None:
         content = found[0].get("content")
-        values = [one.get("logprob") if isinstance(one, dict) else None for one in content or []]
+        told = content if isinstance(content, list) else []
+        values = [one.get("logprob") if isinstance(one, dict) else None for one in told]
     if not isinstance(values, list) or not all(_is_logprob(value) for value in values):
         return None
     return tuple(float(value) for value in values)

@@ -1,6 +1,7 @@
 """Training rows hold what the engine said, token for token, whatever the calls were."""
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -214,6 +215,21 @@ def test_logprobs_that_are_missing_or_broken_are_none_never_a_number(logprobs: s
     assert call.completion_ids == (3, 4) and call.logprobs is None
 
 
-@given(st.text(max_size=30))
+NAMES = st.sampled_from(["prompt", "completion", "content", "logprob", "token_logprobs"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.text(max_size=30) | VALUES.map(json.dumps))
 def test_no_stored_text_breaks_the_reading(text: str) -> None:
-    read_call({**SPAN, "token_ids": text, "logprobs": text, "input_messages": text, "output_messages": text})
+    call = read_call({**SPAN, "token_ids": text, "logprobs": text, "input_messages": text, "output_messages": text})
+    assert (call.prompt_ids is None) == (call.completion_ids is None)
+    assert all(type(one) is int and one >= 0 for one in (*(call.prompt_ids or ()), *(call.completion_ids or ())))
+    if call.logprobs is not None:
+        assert len(call.logprobs) == len(call.completion_ids or ()) and all(map(math.isfinite, call.logprobs))
+    assert all(isinstance(message, dict) for message in call.messages)
+    assert call.answer is None or call.single
+    assert (call.span_id, call.step, call.ok) == (SPAN["span_id"], SPAN["step"], True), "the rest is as it was"
