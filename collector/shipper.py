@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import orjson
 
 from collector import backlog, journal
 from collector.backlog import REFUSED
@@ -168,9 +169,12 @@ class Shipper:
     async def _send(self, name: str) -> None:
         path = self._folder / (name + journal.SEALED)
         left = parts(path)
+        stored = False
         try:
-            while (one := await asyncio.to_thread(next, left, None)) is not None:
-                await self._put(name, *one)
+            while not stored and (one := await asyncio.to_thread(next, left, None)) is not None:
+                stored = await self._put(name, *one)
+            if not stored and path.stat().st_size:
+                raise Unsent("the collector has all parts of a segment and does not say that it is stored")
             await asyncio.to_thread(path.unlink, missing_ok=True)
         except Refused as error:
             await asyncio.to_thread(self._set_aside, path)
@@ -184,11 +188,12 @@ class Shipper:
             self._unreadable.pop(name, None)
             self.counters.segments += 1
 
-    async def _put(self, name: str, part: Part, packed: bytes) -> None:
-        """Raises Unsent, Refused."""
+    async def _put(self, name: str, part: Part, packed: bytes) -> bool:
+        """Whether the whole segment is on the collector's disk now. Raises Unsent, Refused."""
         headers = {**part.headers, "content-type": "application/zstd"}
         timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS, sock_connect=5)
-        url = f"{self._url}/api/segments/{sent_name(name, self._host)}"
+        there = sent_name(name, self._host)
+        url = f"{self._url}/api/segments/{there}"
         try:
             async with self._session.put(url, data=packed, headers=headers, timeout=timeout) as response:
                 body = await response.read()
@@ -196,8 +201,10 @@ class Shipper:
             raise Unsent(f"the collector does not answer ({str(error) or type(error).__name__})") from error
         if response.status not in (200, 202):
             raise _failure(response.status, body, response.headers.get("retry-after", ""))
+        stored = _said(body, there)
         self.counters.bytes += part.end - part.start
         self.counters.packed += len(packed)
+        return stored
 
     def _set_aside(self, path: Path) -> None:
         (self._folder / REFUSED).mkdir(mode=0o700, exist_ok=True)
@@ -208,6 +215,17 @@ class Shipper:
             log.warning("the journal waits on this host: %s; trying again", error)
         self.counters.failures += 1
         self.counters.last_error = str(error)
+
+
+def _said(body: bytes, name: str) -> bool:
+    """What an answer says of this very segment: anybody may answer 200 to anything, and a segment is deleted for it."""
+    try:
+        answer = orjson.loads(body)
+        if answer["segment"] == name:
+            return answer["stored"] is True
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise Unsent("whoever answers at store.collector is no collector: it does not say what became of the segment")
 
 
 def _failure(status: int, body: bytes, retry_after: str) -> RatchetError:

@@ -79,7 +79,7 @@ class Collector:
             stored = await asyncio.to_thread(self.inbox.take, name, Part.read(request.headers), body)
         except RatchetError as error:
             return web.json_response(error.envelope(), status=error.status)
-        return web.json_response({"stored": stored}, status=200 if stored else 202)
+        return web.json_response({"segment": name, "stored": stored}, status=200 if stored else 202)
 
 
 @contextlib.asynccontextmanager
@@ -165,6 +165,19 @@ def test_a_long_segment_travels_in_parts(tmp_path: Path, monkeypatch: pytest.Mon
     asyncio.run(story())
 
 
+def test_a_segment_of_which_no_part_was_the_last_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Inbox, "take", lambda *_: False)
+
+    async def story() -> None:
+        write(tmp_path, call(1))
+        async with collecting(tmp_path / "there") as there, shipping(tmp_path / "journal", there.url) as here:
+            with pytest.raises(Unsent, match="does not say that it is stored"):
+                await here.send_once()
+            assert backlog.measure(tmp_path / "journal").segments == 1
+
+    asyncio.run(story())
+
+
 def test_a_sender_killed_before_it_could_delete_sends_again_and_nothing_is_doubled(tmp_path: Path) -> None:
     async def story() -> None:
         write(tmp_path, call(1))
@@ -201,6 +214,8 @@ def test_what_the_collector_refuses_is_set_aside_and_shown_and_the_rest_goes_on(
         ((429, {"retry-after": "9999"}, {}), 60.0, "429"),
         ((503, {"retry-after": "Mon, 23 Nov 2026 07:28:00 GMT"}, {}), 0.0, "503"),
         ((404, {}, {"error": {"message": "there is no such route", "code": "not_found"}}), 0.0, "no such route"),
+        ((200, {}, {"ok": True}), 0.0, "no collector"),
+        ((200, {}, {"segment": "another", "stored": True}), 0.0, "no collector"),
         ((422, {}, {"error": {"message": "odd", "code": "invalid_input"}}), 0.0, "odd"),
         ((403, {}, {"error": {"message": "lacks the scope", "code": "forbidden"}}), 0.0, "store.collector_key"),
     ],
