@@ -128,6 +128,9 @@ def resume(job_id: str, found: Mapping[str, Any], url: str | None, as_json: bool
 
 def run_job(spec: "RlSpec", job_id: str | None, url: str | None, as_json: bool) -> None:
     """Run or resume the job, on the screen and to its exit code."""
+    from optimize.rl.cli import threads_sleep
+
+    threads_sleep()
     try:
         import trl  # noqa: F401
     except ModuleNotFoundError as error:
