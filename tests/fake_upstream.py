@@ -180,9 +180,11 @@ class FakeUpstream:
         self._ready.set()
         await self._stop.wait()
         server.close()
+        await asyncio.sleep(0)  # who has just connected is known by now
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # the connections that they aborted end
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -203,6 +205,8 @@ class FakeUpstream:
         finally:
             self._tasks.discard(task)
             writer.close()
+            if self._stop is not None and self._stop.is_set():  # what a client does not read any more is not waited for
+                writer.transport.abort()
 
 
 async def _read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, early: bytes) -> Received | None:
