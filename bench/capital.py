@@ -279,6 +279,12 @@ def measure(seeds: Sequence[int], methods: Sequence[str], say: Any, kept: Path, 
                 say(f"seed {seed} {name}: {np.mean(entry['greedy']):.3f} exact, {entry['seconds']:.0f} s")
 
 
+def cpu_seconds(entries: Sequence[dict[str, Any]]) -> float | None:
+    """Mean CPU seconds of a seed, None where a run did not count them."""
+    known = [entry.get("cpu_seconds") for entry in entries]
+    return None if None in known else float(np.mean(known))
+
+
 def table(found: Found) -> Table:
     """A line a method: mean over seeds with an interval over countries and seeds."""
     shown = Table("method", "greedy exact", "95 %", "by seed", "T=1 exact", "contains", "seconds a seed", "of CPU")
@@ -294,7 +300,7 @@ def table(found: Found) -> Table:
             f"{np.mean([entry['sampled'] for entry in entries]):.3f}",
             f"{np.mean([entry['contains'] for entry in entries]):.3f}",
             f"{np.mean([entry['seconds'] for entry in entries]):.0f}",
-            f"{np.mean([entry['cpu_seconds'] for entry in entries]):.0f}",
+            "-" if (spent := cpu_seconds(entries)) is None else f"{spent:.0f}",
         )
     return shown
 
@@ -322,7 +328,7 @@ def main() -> None:
         keep(found)
 
 
-def keep(found: Found) -> None:
+def keep(found: Found, folder: Path = RESULTS) -> None:
     """Write bench/results/capital.json and its picture."""
     import matplotlib
 
@@ -335,9 +341,10 @@ def keep(found: Found) -> None:
     bounds = {name: interval([one for entry in entries for one in entry["greedy"]]) for name, entries in found.items()}
     for name, entries in found.items():
         result.measures[f"{name}, seconds a seed"] = float(np.mean([entry["seconds"] for entry in entries]))
-        result.measures[f"{name}, CPU seconds a seed"] = float(np.mean([entry["cpu_seconds"] for entry in entries]))
+        if (spent := cpu_seconds(entries)) is not None:
+            result.measures[f"{name}, CPU seconds a seed"] = spent
     result.notes = {"seeds": means, "ci95": bounds, "runs": found}
-    result.write(sum(entry["seconds"] for entries in found.values() for entry in entries))
+    result.write(sum(entry["seconds"] for entries in found.values() for entry in entries), folder)
     pyplot.figure(figsize=(6, 3.5))
     heights = [result.measures[name] for name in means]
     errors = [[height - bounds[name][0] for name, height in zip(means, heights, strict=True)],
@@ -346,7 +353,7 @@ def keep(found: Found) -> None:
     pyplot.ylim(0, 1)
     pyplot.title("Held-out capitals, greedy, exactly right", fontsize=9)
     pyplot.tight_layout()
-    pyplot.savefig(RESULTS / "capital.svg", metadata={"Date": None})
+    pyplot.savefig(folder / "capital.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Credit and training in figures: `python -m bench.rl` prints the tables and writes bench/results/rl.json.
 
+`--only parity,swaps` measures these parts anew and keeps the others' figures; the notes say for each part when and
+under which load it was measured.
+
 The capital city figures come from `python -m bench.capital`, which takes longer (see bench/results/capital.json), and
 are taken over with their own date; without that file they are left out.
 """
@@ -9,10 +12,12 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import argparse
 import json
 import subprocess
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +68,18 @@ def on_credit(result: Result) -> None:
     result.notes |= {"bias": errors, "spread": spreads, "rmse_ratio": ratios, "episodes": episodes, "reached": reached}
 
 
-def on_training(result: Result) -> None:
-    """Parity, cost of a step, merging, the gate."""
+def on_parity(result: Result) -> None:
+    """Losses against formulas and against TRL's own trainer."""
     from bench import training
 
     result.measures["loss parity"] = training.losses()
     result.measures["loss parity, on-policy, with TRL's own trainer"] = training.on_policy()
+
+
+def on_training(result: Result) -> None:
+    """Cost of a step, merging, the gate."""
+    from bench import training
+
     steps, merged, poisoned = training.overhead(), training.merging(), training.poisoned()
     result.measures |= {
         "step over TRL's": steps["step"],
@@ -139,19 +150,43 @@ def picture(result: Result, folder: Path = RESULTS) -> Path:
     return path
 
 
+PARTS = {
+    "parity": on_parity, "training": on_training, "swaps": on_swaps, "credit": on_credit, "capital": on_capital,
+}  # fmt: skip
+
+
+def earlier(folder: Path = RESULTS) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures and notes of the last run, empty where there is none."""
+    path = folder / "rl.json"
+    found = json.loads(path.read_text()) if path.is_file() else {"measures": {}, "notes": {}}
+    return found["measures"], found["notes"]
+
+
+def measure(names: Sequence[str], folder: Path = RESULTS) -> Result:
+    """The parts of these names, over the last run's figures where they are not all."""
+    measures, notes = ({}, {}) if set(names) == set(PARTS) else earlier(folder)
+    result = Result("rl", MUST, measures, {**notes, "parts": dict(notes.get("parts", {}))})
+    for name in names:
+        began, spent = time.monotonic(), sum(os.times()[:4])
+        PARTS[name](result)
+        told = {"day": time.strftime("%Y-%m-%d", time.gmtime()), "load": os.getloadavg()[1]}
+        took = {"seconds": time.monotonic() - began, "cpu_seconds": sum(os.times()[:4]) - spent}
+        result.notes["parts"][name] = {**told, **{key: round(value, 1) for key, value in took.items()}}
+    return result
+
+
 def main() -> None:
     """Measure, print, write."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    began = time.monotonic()
-    result = Result("rl", MUST)
-    seconds: dict[str, float] = {}
-    for part in (on_training, on_swaps, on_credit, on_capital):
-        spent = sum(os.times()[:4])
-        part(result)
-        seconds[part.__name__.removeprefix("on_")] = round(sum(os.times()[:4]) - spent, 1)
-    result.notes["CPU seconds of each part"] = seconds
-    result.write(time.monotonic() - began)
-    picture(result)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    names = parser.parse_args().only.split(",")
+    if unknown := set(names) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are: {', '.join(PARTS)}")
+    result = measure(names)
+    result.write(sum(part["seconds"] for part in result.notes["parts"].values()))
+    if "rmse_ratio" in result.notes:
+        picture(result)
     result.show()
 
 
