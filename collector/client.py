@@ -11,6 +11,7 @@ import orjson
 from collector import bodies, settings
 from collector.answers import as_dict, as_list, joined, read
 from collector.errors import RatchetError, Unavailable
+from collector.lock import refuse_a_store
 
 if TYPE_CHECKING:
     import httpx
@@ -374,6 +375,7 @@ class Local:
         if data_dir is not None:
             store = config.store.model_copy(update={"data_dir": Path(data_dir)})
             config = config.model_copy(update={"store": store})
+        refuse_a_store(config.store.data_dir)
         # Imported here: the command line mostly speaks to a server, and starts faster without DuckDB.
         from collector.service import Collector
 

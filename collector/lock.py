@@ -1,4 +1,4 @@
-"""One owner per data directory: the collector, or what stands in for it."""
+"""One owner per data directory: the collector, or what stands in for it; and which of the two it is for."""
 
 import fcntl
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 from collector.errors import Conflict
 
 LOCK_FILE = "collector.lock"
+HOST_FILE = "host"  # the id under which a directory without a store sends its journal
 
 
 class DirectoryLock:
@@ -26,3 +27,18 @@ class DirectoryLock:
     def release(self) -> None:
         """Let the next one in."""
         os.close(self._fd)
+
+
+def has_store(data_dir: Path) -> bool:
+    """Whether there is a store of its own."""
+    return next(data_dir.glob("*.duckdb"), None) is not None
+
+
+def refuse_a_store(data_dir: Path) -> None:
+    """Raises Conflict where a command would make a store in the directory of a host whose collector is elsewhere."""
+    if (data_dir / HOST_FILE).exists() and not has_store(data_dir):
+        raise Conflict(
+            f"{data_dir} has no store: it is of a host whose collector is elsewhere (store.collector); ask that one "
+            "with --url or RATCHET_URL",
+            code="store_elsewhere",
+        )

@@ -9,7 +9,7 @@ from collector import archive, journal
 from collector.client import Client
 from collector.errors import Unavailable
 from collector.loader import QUARANTINE, Loader, kind, sift
-from collector.lock import DirectoryLock
+from collector.lock import DirectoryLock, refuse_a_store
 from collector.service import DATABASE
 from collector.settings import Settings
 from collector.stores import open_store
@@ -119,6 +119,7 @@ def rebuild(settings: Settings) -> Mapping[str, tuple[int, int]]:
     """
     data_dir = settings.store.data_dir
     directory = data_dir / journal.FOLDER
+    refuse_a_store(data_dir)
     lock = DirectoryLock(data_dir)
     try:
         directory.mkdir(mode=0o700, exist_ok=True)

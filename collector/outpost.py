@@ -23,7 +23,7 @@ from yarl import URL
 
 from collector import journal
 from collector.errors import Conflict, RatchetError, Unavailable, told
-from collector.lock import DirectoryLock
+from collector.lock import DirectoryLock, has_store
 from collector.settings import Settings, without_credentials
 from collector.shipper import Shipper, host_id, refusal
 
@@ -75,7 +75,7 @@ class Outpost:
         self._lock.release()
 
     def _refuse_a_store(self) -> None:
-        if (self.data_dir / "ratchet.duckdb").exists():
+        if has_store(self.data_dir):
             raise Conflict(
                 f"store.collector: {self.data_dir} holds a store of its own; give this host another data directory, "
                 "and bring what the store holds over with `ratchet export` and `ratchet import`",

@@ -23,9 +23,9 @@ import orjson
 from collector import backlog, journal
 from collector.backlog import REFUSED
 from collector.errors import RatchetError, told
+from collector.lock import HOST_FILE
 from collector.part import Part, Refused, parts
 
-_HOST_FILE = "host"
 _LANES = 4  # segments under way at once: one is read and packed while the collector syncs another
 _TICK_SECONDS = 0.1
 _ADOPT_SECONDS = 1.0
@@ -64,10 +64,10 @@ class Counters:
 
 def host_id(data_dir: Path) -> str:
     """Eight letters that name this data directory among all that feed a collector; made once, kept in it."""
-    path = data_dir / _HOST_FILE
+    path = data_dir / HOST_FILE
     with contextlib.suppress(FileNotFoundError):
         return path.read_text().strip()
-    temporary = path.with_name(f".{_HOST_FILE}.tmp")
+    temporary = path.with_name(f".{HOST_FILE}.tmp")
     temporary.write_text(secrets.token_hex(4))
     temporary.replace(path)
     journal.sync_directory(data_dir)

@@ -15,9 +15,11 @@ import pytest
 from aiohttp import web
 
 from collector import backlog, shipper
+from collector.client import Local
 from collector.errors import Conflict, RatchetError
 from collector.inbox import Inbox
 from collector.journal import Journal, decode
+from collector.maintenance import rebuild
 from collector.outpost import Outpost
 from collector.part import Part
 from collector.settings import Settings
@@ -363,6 +365,16 @@ def test_a_client_that_leaves_frees_the_collector(tmp_path: Path) -> None:
             await asyncio.wait_for(there.left.wait(), 10)
 
     asyncio.run(story())
+
+
+def test_no_command_makes_a_store_where_segments_wait_for_a_collector(tmp_path: Path) -> None:
+    outpost = Outpost(far(tmp_path, "http://127.0.0.1:9"))
+    outpost.close()
+    write(tmp_path, call(1))
+    for command in (lambda: Local(tmp_path), lambda: rebuild(settings(tmp_path))):
+        with pytest.raises(Conflict, match="with --url or RATCHET_URL"):
+            command()
+    assert backlog.measure(tmp_path / "journal").segments == 1
 
 
 def test_a_directory_with_a_store_of_its_own_is_refused_by_name(tmp_path: Path) -> None:
