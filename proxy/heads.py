@@ -101,6 +101,7 @@ def _usual(key: bytes, scope: Any, given: Mapping[bytes, bytes], route: Route) -
         # A line each, none of them bare or folded: the parser and `cut` mean the same head and the same length.
         and lines == len(names) == key.count(b"\n")
         and names.count(b"content-length") == 1
+        and names.count(b"connection") <= 1
         and at >= 0
         and at + len(_BEFORE_DIGITS) == key.find(b"ength: ") + 7
         and given.get(b"connection", b"keep-alive").lower() == b"keep-alive"

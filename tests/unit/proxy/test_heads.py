@@ -57,6 +57,11 @@ def test_a_head_that_says_more_than_usual_is_not_kept(line: bytes) -> None:
     assert not learnt([*LINES, line])
 
 
+def test_a_head_with_two_connection_headers_is_not_kept() -> None:
+    assert learnt([*LINES, b"Connection: keep-alive"])
+    assert not learnt([*LINES, b"Connection: close", b"Connection: keep-alive"])
+
+
 def test_a_length_that_could_be_mistaken_is_not_kept() -> None:
     assert not learnt([b"x-length: 5", *LINES])
     assert not learnt([*LINES[:2], b"content-length:2", b"x-length: 5"])
