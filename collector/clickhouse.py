@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent import futures
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -24,7 +25,7 @@ from collector import clickhouse_sql as statements
 from collector import lookup, paging, results, rewards
 from collector.clickhouse_http import Failed, Server, chunks
 from collector.clickhouse_sql import REPEATED, TABLES, TRIALS
-from collector.errors import BadRows, Unavailable
+from collector.errors import BadRows, RatchetError, Unavailable
 from collector.inserts import Segment
 from collector.model import CALLS
 from collector.readonly_clickhouse import one_select
@@ -42,6 +43,7 @@ _NEW_IDS = 1000  # which are asked for once, and mostly our own and short
 _SPANS_OF_A_PAGE = 16  # of an episode, at the first look
 _NEAR_NS = 3_600_000_000_000
 _LATEST_NS = (1 << 63) - 1
+COUNTING_SECONDS = 0.5  # for which whoever asks for counts waits for new ones
 _COUNTS_SECONDS = 10.0
 _FEW_SPANS = 20_000
 _MAX_RESULT_BYTES = 1 << 30
@@ -62,7 +64,12 @@ class ClickHouse(Store):
         self._preparing = threading.Lock()
         self._prepared = False
         self._observed = False  # whether agents' own spans are there, which have to be settled
-        self._counted: tuple[float, dict[str, Any]] = (0.0, {})
+        self._counter = futures.ThreadPoolExecutor(1, "clickhouse-counts")
+        self._counting: futures.Future[None] = futures.Future()
+        self._counting.set_result(None)
+        self._counting_lock = threading.Lock()
+        self._counted: dict[str, Any] = {**dict.fromkeys(_COUNTED), "clickhouse": "counting"}
+        self._counted_until = 0.0
         try:
             self._prepare_remote()
         except Unavailable as error:
@@ -70,6 +77,7 @@ class ClickHouse(Store):
 
     def close(self) -> None:
         """Close both."""
+        self._counter.shutdown(wait=False, cancel_futures=True)
         super().close()
         self._server.close()
 
@@ -320,15 +328,21 @@ class ClickHouse(Store):
         return self._ask(statements.UNKNOWN, {"limit": limit, "characters": characters})
 
     def stats(self) -> dict[str, Any]:
-        """Counts of rows, a pass over all, so up to ten seconds old; None where ClickHouse does not answer."""
-        until, counted = self._counted
-        if time.monotonic() >= until or (counted["spans"] or 0) < _FEW_SPANS:
-            try:
-                counted = {**self._ask(statements.COUNTS)[0], "clickhouse": "ok"}
-            except Unavailable as error:
-                counted = {**dict.fromkeys(_COUNTED), "clickhouse": error.message}
-            self._counted = (time.monotonic() + _COUNTS_SECONDS, counted)
-        return {**super().stats(), **counted}
+        """Counts of rows, by a pass over all of them in a thread: where that takes long, those of the last pass. None
+        where there was none, or where ClickHouse does not answer (`clickhouse` says which)."""
+        with self._counting_lock:
+            few = (self._counted["spans"] or 0) < _FEW_SPANS
+            if self._counting.done() and (few or time.monotonic() >= self._counted_until):
+                self._counting = self._counter.submit(self._count)
+        futures.wait([self._counting], COUNTING_SECONDS)
+        return {**super().stats(), **self._counted}
+
+    def _count(self) -> None:
+        try:
+            self._counted = {**self._ask(statements.COUNTS)[0], "clickhouse": "ok"}
+        except RatchetError as error:
+            self._counted = {**dict.fromkeys(_COUNTED), "clickhouse": error.message}
+        self._counted_until = time.monotonic() + _COUNTS_SECONDS
 
     def query(self, sql: str, limit: int, page: int | None = None) -> results.Table:
         """The first `limit` rows of one SELECT in ClickHouse's SQL, which may only read, within `store.query_timeout`.

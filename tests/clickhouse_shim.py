@@ -5,6 +5,7 @@ nothing of the project. Only what the interface does around the engine is done h
 settings, credentials and the headers of an answer.
 """
 
+import contextlib
 import re
 import sys
 import threading
@@ -83,7 +84,8 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(ConnectionError):  # who asked was killed
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing."""
