@@ -17,7 +17,11 @@ _WAITING = "SELECT count(*) FROM fresh_payloads"
 # A new table: rows that are deleted leave their room in the file only with all of their row group.
 _MOVE = (
     "INSERT INTO payloads BY NAME FROM fresh_payloads ORDER BY episode_id, start_ns, span_id",
-    "CREATE OR REPLACE TABLE fresh_payloads AS SELECT * FROM payloads LIMIT 0",
+    """CREATE OR REPLACE TABLE fresh_payloads (
+  span_id VARCHAR, episode_id VARCHAR, start_ns BIGINT,
+  input_messages VARCHAR USING COMPRESSION zstd, output_messages VARCHAR USING COMPRESSION zstd,
+  tools VARCHAR USING COMPRESSION zstd, token_ids VARCHAR USING COMPRESSION zstd,
+  logprobs VARCHAR USING COMPRESSION zstd, attributes VARCHAR USING COMPRESSION zstd, day INTEGER)""",
 )
 
 

@@ -42,7 +42,12 @@ CREATE TABLE IF NOT EXISTS payloads (
 );
 
 -- Long ones wait here for those of the same episode (histories.py).
-CREATE TABLE IF NOT EXISTS fresh_payloads AS SELECT * FROM payloads LIMIT 0;
+CREATE TABLE IF NOT EXISTS fresh_payloads (
+  span_id VARCHAR, episode_id VARCHAR, start_ns BIGINT,
+  input_messages VARCHAR USING COMPRESSION zstd, output_messages VARCHAR USING COMPRESSION zstd,
+  tools VARCHAR USING COMPRESSION zstd, token_ids VARCHAR USING COMPRESSION zstd,
+  logprobs VARCHAR USING COMPRESSION zstd, attributes VARCHAR USING COMPRESSION zstd, day INTEGER
+);
 
 CREATE TABLE IF NOT EXISTS rewards (
   reward_id VARCHAR, target_kind VARCHAR, target_id VARCHAR, name VARCHAR, value DOUBLE, label VARCHAR,
