@@ -107,6 +107,9 @@ def on_capital(result: Result, folder: Path = RESULTS) -> None:
     best = found["measures"].get("rft")
     if best is not None and len(found["notes"]["seeds"]["rft"]) >= SEEDS:
         result.measures["capital city, held-out exact, mean of seeds"] = best
+    for name, seeds in found["notes"]["seeds"].items():
+        if len(seeds) >= SEEDS:
+            result.measures[f"capital city, held-out exact, {name}"] = found["measures"][name]
     told = {name: found[name] for name in ("measures", "machine", "seconds")}
     result.notes["capital city"] = {**told, "commit and day": _committed(path), "ci95": found["notes"]["ci95"]}
 
