@@ -56,7 +56,7 @@ test: install otel-clients
 
 # The drills of `make test` at full size: 200 kills, all the clock's jumps, 1000 swaps ...; figures in bench/results/faults.json.
 faults: install
-	RATCHET_FAULTS_RESULT=1 RATCHET_DRILLS=200 RATCHET_JUMPS=7 RATCHET_SWAPS=1000 RATCHET_STREAMS=50 \
+	RATCHET_FAULTS_RESULT=1 RATCHET_DRILLS=200 RATCHET_BACKLOG=3600 RATCHET_JUMPS=7 RATCHET_SWAPS=1000 RATCHET_STREAMS=50 \
 	  RATCHET_CANARIES=1000 $(BIN)/python -m pytest tests/faults -s
 
 # OpenTelemetry's own instrumentor of openai needs other versions of its libraries than the rest: for tests/contract.

@@ -48,7 +48,7 @@ class Net:
     def rows(self, sql: str) -> list[list[object]]:
         """Of the collector's store, once all hosts have sent what they have."""
         for host in self.hosts:
-            until(lambda host=host: sent(host), 120, "the host's journal is sent and loaded")  # type: ignore[misc]
+            until(lambda host=host: sent(host), 120 + BACKLOG / 10, "the host's journal is sent and loaded")  # type: ignore[misc]
         answer = keyed(self.hub, "POST", "/api/query", {"sql": sql, "limit": 1_000_000})
         return list(answer["rows"])
 
@@ -139,7 +139,11 @@ def test_an_outage_loses_and_doubles_nothing_whoever_is_killed(net: Net) -> None
         until(lambda: keyed(net.hub, "GET", "/api/stats")["inbox"]["segments"] > 20, 60, "the backlog arrives")  # type: ignore[call-overload]
         strike(net.hub, "collector")
         strike(first, "collector")
-        until(lambda: len(list((first.data_dir / "journal").glob("*.ndjson"))) < BACKLOG // 2, 120, "it goes on")
+        until(
+            lambda: len(list((first.data_dir / "journal").glob("*.ndjson"))) < BACKLOG // 2,
+            120 + BACKLOG / 10,
+            "it goes on",
+        )
         strike(net.hub, "collector")
         more(traffics, 10)
     finally:
