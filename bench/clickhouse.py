@@ -32,6 +32,9 @@ _QUERIES = {
         JOIN episodes_v AS e USING (episode_id) GROUP BY s.prompt_version ORDER BY s.prompt_version""",
     "text_scan": "SELECT count(*), sum(length(input_messages)) FROM spans_v WHERE input_messages LIKE '%number 77%'",
 }
+_HELD = """
+SELECT sum(bytes_on_disk) FROM system.parts WHERE active AND database = currentDatabase() AND table = 'calls'
+"""
 
 Event = tuple[str, Any]
 
@@ -194,7 +197,7 @@ def main() -> int:
 def _sizes(result: Result, folder: Path, server: Server, wide: int) -> None:
     """Bytes of a 6 KB span on disk, once DuckDB is closed and ClickHouse has merged its parts, as it does by itself."""
     server.ask("bench_wide", "OPTIMIZE TABLE calls FINAL")
-    held = int(server.ask("bench_wide", "SELECT sum(bytes_on_disk) FROM system.parts WHERE active AND table = 'calls'"))
+    held = int(server.ask("bench_wide", _HELD))
     result.measures["clickhouse_bytes_per_wide_span"] = round(held / wide, 1)
     size = (folder / "duckdb-wide" / "ratchet.duckdb").stat().st_size
     result.measures["duckdb_bytes_per_wide_span"] = round(size / wide, 1)
