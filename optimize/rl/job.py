@@ -302,10 +302,12 @@ class _Work:
             checkpoint_steps=25,
         )
         stop: list[bool] = []
+        so_far: dict[str, int] = {}
 
         def on_step(step: int, of: int, found: Any) -> None:
             if stop:
                 raise JobCancelled(f"{self.job.job_id} was cancelled")
+            so_far.update(step=step, steps=of)
             self._say(Stage("train", step, of))
 
         work = asyncio.to_thread(
@@ -325,7 +327,7 @@ class _Work:
         try:
             while not running.done():
                 await asyncio.wait({running}, timeout=2)
-                await self.job.report(phase="train", round=number)
+                await self.job.report(phase="train", round=number, **so_far)
             return running.result()
         except BaseException:
             stop.append(True)
