@@ -93,7 +93,7 @@ class Drill:
     def _begin(self, server: Served, work: str, number: int) -> Callable[[], bool]:
         """Start what is to be under way; how to ask whether it still is."""
         if work == "promote":
-            return self._help(lambda: self.traffic.promote("s", 1 + len(self._helpers) % 2))
+            return self._help(lambda: self.traffic.promote("s", 1 + number // 3 % 2))  # another one each time
         self._add_day(number, 300 if work == "load" else 40)
         if work == "load":
             return lambda: True
