@@ -17,7 +17,7 @@ from collector.errors import BadInput, Conflict
 
 PART_BYTES = 8 << 20
 DIGEST = "x-ratchet-sha256"
-_LEVEL = 1  # the fastest: traffic shrinks to a fifth, and the link between hosts is rarely the bottleneck
+_LEVEL = 1  # the fastest: it takes most of what repeats, and the link between hosts is rarely the bottleneck
 _RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
