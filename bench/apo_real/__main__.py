@@ -33,7 +33,8 @@ GIVEN = (
     "out of the same bank, with no hint which are good. ratchet-drip gets one to three random parts of the bank a "
     "call. All start at the same prompt and see the same search tasks; the reward is 1 for an exactly right greedy "
     "answer, else 0; every rollout counts as paid, cached or not. What would be reported is looked at every 20 "
-    "rollouts; a run that never gets there counts as later than any, and as the whole budget in a ratio."
+    "rollouts. A run is there when all that it reports from then on is within 3 points of the best final prompt of "
+    "any engine and seed; one that never is counts as later than any, and a peer's median then as the whole budget."
 )
 
 
@@ -77,7 +78,7 @@ class Bench:
         self.say(f"{run.problem} {engine} seed {seed}: {run.rollouts} rollouts, {run.stop}, {seconds:.0f} s")
 
     async def _told(self, tell: Callable[[list[Run], figures.Truth], None]) -> list[Run]:
-        """Scores the final prompts, then each run's reported prompts in order until the goal; tells the figures."""
+        """Scores the final prompts, then each run's others from its end on while they are good; tells the figures."""
         runs = whole(self.kept.runs.values(), self.options)
         if not runs:
             return []
@@ -88,8 +89,8 @@ class Bench:
         return runs
 
     async def _walk(self, run: Run, goal: float) -> None:
-        for _, prompt in run.curve:
-            if await self.score(prompt) >= goal:
+        for _, prompt in reversed(run.curve):
+            if not figures.good(await self.score(prompt), goal):
                 return
 
 
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--together", type=int, default=3, help="seeds that run side by side")
     parser.add_argument("--finished", action="store_true", help="search nothing more: report what is on disk")
-    parser.add_argument("--brief", action="store_true", help="score no prompt beyond the first that is good enough")
+    parser.add_argument("--brief", action="store_true", help="score only the prompts that the figures need")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.engines = options.engines.split(",")

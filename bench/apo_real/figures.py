@@ -18,8 +18,21 @@ def target(runs: Sequence[Run], truth: Truth) -> float:
 
 
 def reached(run: Run, truth: Truth, goal: float) -> int | None:
-    """Paid rollouts at which the run first reported a prompt with that true score; None: never."""
-    return next((at for at, prompt in run.curve if truth[prompt] >= goal - 1e-9), None)
+    """Paid rollouts from which on all that the run reported had that true score; None: its last prompt had not.
+
+    A prompt that was reported for a moment and lost again was luck, whoever reported it.
+    """
+    since = None
+    for at, prompt in reversed(run.curve):
+        if not good(truth[prompt], goal):
+            break
+        since = at
+    return since
+
+
+def good(score: float, goal: float) -> bool:
+    """Whether a true score reaches the goal, rounding apart."""
+    return score >= goal - 1e-9
 
 
 def middle(counts: Sequence[int | None]) -> float | None:

@@ -104,6 +104,9 @@ def test_the_goal_is_three_points_below_the_best_prompt_at_the_end_of_any_run() 
     assert goal == pytest.approx(0.77)
     assert [figures.reached(one, truth, goal) for one in runs] == [40, 60]
     assert figures.reached(run("beam", 0, (0, "seed")), truth, goal) is None
+    wavering = [(0, "seed"), (20, "lucky"), (40, "seed"), (80, "b"), (120, "a")]
+    assert figures.reached(run("ratchet", 1, *wavering), truth, goal) == 80, "what was lost again was luck"
+    assert figures.reached(run("ratchet", 1, *wavering[:3]), truth, goal) is None
 
 
 def test_a_run_that_never_got_there_is_later_than_any_other() -> None:
