@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from collector.errors import BadInput
 from optimize.gate import (
+    anytime_interval,
     bootstrap,
     decide,
+    decide_early,
     decide_while_collecting,
     e_values,
     interval,
@@ -220,3 +222,37 @@ def test_a_real_gain_is_promoted_while_collecting_and_a_loss_rejected() -> None:
     lost = [decide_while_collecting(*binary(rng, 200, 0.3)[::-1])[0] for _ in range(50)]
     assert lost.count("reject") >= 45
     assert decide_while_collecting([0.0, 1.0], [1.0, 1.0])[0] == "shadow"
+
+
+def test_an_interval_that_is_looked_at_after_every_pair_holds_the_truth_at_all_of_them() -> None:
+    rng = np.random.default_rng(4)
+    missed = 0
+    for _ in range(40):
+        before, after = binary(rng, 80, 0.2)
+        seen = [anytime_interval((after - before)[:n]) for n in (20, 80)]
+        assert seen[-1][0] <= float((after - before).mean()) <= seen[-1][1]
+        missed += not all(low <= 0.2 <= high for low, high in seen)
+    assert missed <= 6  # 5 % of 40 are 2
+
+
+def test_the_early_gate_stops_on_a_clear_gain_and_promotes_no_gain_at_most_alpha_of_the_time() -> None:
+    rng = np.random.default_rng(5)
+
+    def ask(gain: float) -> tuple[str, int]:
+        before, after = binary(rng, 80, gain)
+        for n in range(16, 81, 16):
+            verdict = decide_early(before[:n], after[:n])
+            if verdict.decision != "shadow":
+                break
+        return verdict.decision, verdict.n
+
+    none = [ask(0.0)[0] for _ in range(40)]
+    assert none.count("promote") <= 6
+    clear = [ask(0.5) for _ in range(10)]
+    assert [decision for decision, _ in clear].count("promote") >= 8
+    assert np.mean([n for _, n in clear]) < 60
+    verdict = decide_early([0.0] * 20, [1.0] * 20)
+    assert (verdict.decision, verdict.p_value < 0.01) == ("promote", True)
+    assert verdict.ci95[0] > 0.2
+    assert decide_early([0.0] * 4, [1.0] * 4).decision == "shadow"
+    assert decide_early([1.0] * 30, [0.0] * 30).decision == "reject"
