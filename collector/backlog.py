@@ -1,5 +1,7 @@
-"""What waits in a journal to be sent to a collector elsewhere. Read from the directory alone, so that whoever may read it
-knows, whether or not anybody sends."""
+"""What waits in a journal to be sent to a collector elsewhere.
+
+Read from the directory alone, so that whoever may read it knows, whether or not anybody sends.
+"""
 
 import contextlib
 import os
