@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run until told to stop. Returns the exit code: 0, or 1 where it could not start."""
     options = _options(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each look at an engine, otherwise
     text = sys.stdin.read() if options.config == "-" else options.config
     settings = Settings.model_validate_json(text)
     try:

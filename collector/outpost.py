@@ -42,6 +42,8 @@ class Outpost:
     """The data directory of such a host, held until `close`. Raises Conflict when it is in use, or holds a store."""
 
     def __init__(self, settings: Settings) -> None:
+        if idle := ignored(settings):
+            log.warning("not used here, but in the collector's own configuration: %s", ", ".join(idle))
         store = settings.store
         self.url = store.collector or ""
         self.shown = without_credentials(self.url)
@@ -184,6 +186,14 @@ class _Endpoint:
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def ignored(settings: Settings) -> list[str]:
+    """The sections that this host's file sets though only the collector acts on them."""
+    default = Settings()
+    return [
+        name for name in ("slots", "rewards", "gate", "export") if getattr(settings, name) != getattr(default, name)
+    ]
 
 
 def _json(value: Any, status: int = 200) -> Response:

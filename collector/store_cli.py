@@ -22,7 +22,10 @@ def compact(
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Move whole days of the journal to Parquet files in archive/. Nothing is lost, a running server goes on."""
+    """Move whole days of the journal to Parquet files in archive/. Nothing is lost, a running server goes on.
+
+    With `store.url`, ClickHouse has the rows: what it holds of those days leaves the journal.
+    """
     with connect(url, data_dir) as client, console.status("compacting"):
         report = client.compact(days, dry_run)
     _show(report, "would be archived" if dry_run else "archived", as_json)

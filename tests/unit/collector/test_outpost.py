@@ -20,7 +20,7 @@ from collector.errors import Conflict, RatchetError
 from collector.inbox import Inbox
 from collector.journal import Journal, decode
 from collector.maintenance import rebuild
-from collector.outpost import Outpost
+from collector.outpost import Outpost, ignored
 from collector.part import Part
 from collector.settings import Settings
 from collector.shipper import Shipper, Unsent, host_id, sent_name
@@ -387,3 +387,10 @@ def test_a_directory_with_a_store_of_its_own_is_refused_by_name(tmp_path: Path) 
     with pytest.raises(Conflict, match="a server is using"):
         Outpost(far(tmp_path, "http://127.0.0.1:9"))
     outpost.close()
+
+
+def test_sections_that_only_the_collector_acts_on_are_named() -> None:
+    here = Settings.model_validate({"store": {"collector": "http://127.0.0.1:9"}, "server": {"workers": 2}})
+    assert ignored(here) == []
+    there = Settings.model_validate({"gate": {"alpha": 0.1}, "slots": {"support": {"template": "You help."}}})
+    assert ignored(there) == ["slots", "gate"]
