@@ -248,9 +248,14 @@ class Storage(Section):
     @field_validator("collector")
     @classmethod
     def _http(cls, url: str | None) -> str | None:
-        if url is not None and not url.startswith(("http://", "https://")):
+        if url is None:
+            return None
+        if not url.startswith(("http://", "https://")):
             raise ValueError("must start with http:// or https://")
-        return None if url is None else url.rstrip("/").removesuffix("/v1")
+        # Anywhere: a password that holds / or # ends where the path or the fragment begins.
+        if "@" in url:
+            raise ValueError("must hold no user and password; give store.collector_key")
+        return url.rstrip("/").removesuffix("/v1")
 
     @model_validator(mode="after")
     def _one_place(self) -> "Storage":

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import orjson
 
 from collector import backlog, journal
 from collector.backlog import REFUSED
-from collector.errors import RatchetError, told
+from collector.errors import Conflict, RatchetError, told
 from collector.lock import HOST_FILE
 from collector.part import Part, Refused, parts
 
@@ -33,7 +34,9 @@ _FIRST_WAIT = 0.25
 _LONGEST_WAIT = 5.0
 _LONGEST_ASKED = 60.0  # of what Retry-After may ask for
 _ANSWER_SECONDS = 60.0
+_SLOWEST_BYTES = 50_000  # a second, of one lane: slower than that the line counts as gone
 _UNREADABLE_SECONDS = 30.0
+_HOST = re.compile(r"[0-9a-z]{1,16}")  # as the collector's inbox takes it
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +66,39 @@ class Counters:
 
 
 def host_id(data_dir: Path) -> str:
-    """Eight letters that name this data directory among all that feed a collector; made once, kept in it."""
+    """Eight letters that name this data directory among all that feed a collector; made once, kept in it.
+
+    Raises Conflict where the file holds something else: the collector would refuse every name that is made of it.
+    """
     path = data_dir / HOST_FILE
-    with contextlib.suppress(FileNotFoundError):
-        return path.read_text().strip()
-    temporary = path.with_name(f".{HOST_FILE}.tmp")
-    temporary.write_text(secrets.token_hex(4))
+    try:
+        host = path.read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return _new_host(path)
+    if not _HOST.fullmatch(host):
+        raise Conflict(
+            f"{path} must hold 1 to 16 of 0-9 a-z, this host's id: restore it (the collector has it in the names of "
+            "this host's segments, after the time), or delete it to get a new one"
+        )
+    return host
+
+
+def _new_host(path: Path) -> str:
+    """Synced before it has its name: a power cut must leave no empty id behind."""
+    host = secrets.token_hex(4)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(host)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
-    journal.sync_directory(data_dir)
-    return path.read_text()
+    journal.sync_directory(path.parent)
+    return host
+
+
+def patience(size: int) -> float:
+    """Seconds in which a request of `size` bytes must be sent and answered."""
+    return _ANSWER_SECONDS + size / _SLOWEST_BYTES
 
 
 def sent_name(name: str, host: str) -> str:
@@ -115,6 +142,7 @@ class Shipper:
                 self._failed(error)
             except Exception as error:  # the boundary of this task: it must outlive whatever a disk or a network does
                 pause = wait
+                wait = min(_LONGEST_WAIT, wait * 2)
                 self._failed(error)
                 log.exception("sending the journal failed; it goes on")
             with contextlib.suppress(TimeoutError):
@@ -191,7 +219,7 @@ class Shipper:
     async def _put(self, name: str, part: Part, packed: bytes) -> bool:
         """Whether the whole segment is on the collector's disk now. Raises Unsent, Refused."""
         headers = {**part.headers, "content-type": "application/zstd"}
-        timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS, sock_connect=5)
+        timeout = aiohttp.ClientTimeout(total=patience(len(packed)), sock_connect=5)
         there = sent_name(name, self._host)
         url = f"{self._url}/api/segments/{there}"
         try:

@@ -154,6 +154,17 @@ def test_what_was_loaded_and_archived_long_ago_is_still_known(tmp_path: Path) ->
         collector.close()
 
 
+def test_the_archive_is_asked_once_a_segment_and_not_for_each_part(
+    inbox: Inbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(Inbox, "_is_archived", lambda _, name: asked.append(name))
+    sent = list(pieces(tmp_path, lines(1, 2, 3), 500))
+    assert [inbox.take(NAME, *piece) for piece in sent] == [*[False] * (len(sent) - 1), True]
+    assert len(sent) > 2
+    assert asked == [NAME]
+
+
 def test_over_http_it_is_stored_loaded_and_answered_as_such(tmp_path: Path) -> None:
     collector = Collector(settings(tmp_path / "data"), background=False)
     try:

@@ -5,7 +5,8 @@ The collector is a stand-in that keeps segments with the real inbox, and can be 
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from collector.inbox import Inbox
 from collector.journal import Journal, decode
 from collector.maintenance import rebuild
 from collector.outpost import Outpost, ignored
-from collector.part import Part
+from collector.part import PART_BYTES, Part
 from collector.settings import Settings
 from collector.shipper import Shipper, Unsent, host_id, sent_name
 from tests.unit.collector.rows import call, settings, write
@@ -260,6 +261,74 @@ def test_no_two_hosts_send_under_one_name(tmp_path: Path) -> None:
     assert first != second
     assert host_id(tmp_path / "a") == first
     assert sent_name("17-w0-1-ab", first) == f"17-{first}-w0-1-ab"
+
+
+@pytest.mark.parametrize("found", [b"", b"\n", b"Host", b"a-b", b"\xff", b"0" * 17])
+def test_an_id_that_the_collector_would_refuse_is_told_by_its_file(tmp_path: Path, found: bytes) -> None:
+    (tmp_path / "host").write_bytes(found)
+    with pytest.raises(Conflict, match=r"host must hold 1 to 16 of 0-9 a-z.*restore it"):
+        Outpost(far(tmp_path, "http://127.0.0.1:9"))
+    (tmp_path / "host").write_text("0a1b2c3d\n")
+    assert host_id(tmp_path) == "0a1b2c3d"
+    Outpost(far(tmp_path, "http://127.0.0.1:9")).close()
+
+
+def test_an_id_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[bytes, bool]] = []
+    fsync = os.fsync
+
+    def watched(fd: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        synced.append((path.read_bytes() if path.is_file() else b"", (tmp_path / "host").exists()))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    made = host_id(tmp_path)
+    assert synced == [(made.encode(), False), (b"", True)], "the file before its name, the directory after"
+
+
+def test_whatever_goes_wrong_is_tried_again_ever_more_slowly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    async def broken(_: Shipper) -> int:
+        raise ValueError("odd")
+
+    async def wait_for(waiting: Coroutine[Any, Any, object], seconds: float) -> None:
+        waiting.close()
+        pauses.append(seconds)
+        if len(pauses) == 7:
+            raise asyncio.CancelledError
+        raise TimeoutError
+
+    async def story() -> None:
+        async with shipping(tmp_path, "http://127.0.0.1:9") as here:
+            monkeypatch.setattr(Shipper, "send_once", broken)
+            monkeypatch.setattr(asyncio, "wait_for", wait_for)
+            with pytest.raises(asyncio.CancelledError):
+                await here.run()
+            assert (here.counters.failures, here.counters.last_error) == (7, "odd")
+
+    asyncio.run(story())
+    assert pauses == [0.25, 0.5, 1.0, 2.0, 4.0, 5.0, 5.0]
+
+
+def test_a_part_that_does_not_pack_has_time_to_cross_a_slow_line(tmp_path: Path) -> None:
+    given: list[float] = []
+
+    class Line:
+        def put(self, *_: object, timeout: aiohttp.ClientTimeout, **__: object) -> None:
+            given.append(timeout.total or 0.0)
+            raise TimeoutError
+
+    async def story() -> None:
+        here = Shipper(tmp_path, "0a1b2c3d", Line(), "http://127.0.0.1:9")  # type: ignore[arg-type]
+        for size in (1000, PART_BYTES):
+            with pytest.raises(Unsent, match="TimeoutError"):
+                await here._put("17-w0-1-ab", Part(0, size, size, "0" * 64), bytes(size))
+
+    asyncio.run(story())
+    assert given[0] < 61, "a collector that hangs holds up little"
+    assert given[1] > shipper._LANES * PART_BYTES * 8 / 1.5e6, "all lanes full, 1.5 Mbit/s for all of them"
 
 
 def test_a_flush_sends_what_was_written_and_has_it_loaded(tmp_path: Path) -> None:

@@ -45,6 +45,13 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
         ({"upstream": {"default": "api.openai.com"}}, "upstream.default", "http://"),
         ({"model_list": [{"model_name": "a", "litellm_params": {}}]}, "model_list.0.litellm_params", "`model`"),
         ({"store": {"collector": "collector:4000"}}, "store.collector", "http://"),
+        (
+            {"store": {"collector": "http://u:hunter2@c", "collector_key": "k"}},
+            "store.collector",
+            "store.collector_key",
+        ),
+        ({"store": {"collector": "http://u:hun#ter2@c"}}, "store.collector", "no user and password"),
+        ({"store": {"collector": "http://u:hun/ter2@c"}}, "store.collector", "no user and password"),
         ({"store": {"collector": "http://c", "url": "clickhouse://h/d"}}, "store", "`url` belongs"),
         ({"server": {"host": "os.environ/NOT_SET"}}, "server.host", "NOT_SET is not set"),
         ({"server": {"allowed_hosts": ["os.environ/NOT_SET"]}}, "server.allowed_hosts.0", "NOT_SET"),
@@ -57,6 +64,7 @@ def test_a_mistake_is_named(tmp_path: Path, tree: Any, param: str | None, word: 
         load(written(tmp_path, tree), environ={})
     assert caught.value.param == param
     assert word in caught.value.message
+    assert "ter2" not in caught.value.message, "the password"
 
 
 def test_a_missing_file_is_a_mistake(tmp_path: Path) -> None:
