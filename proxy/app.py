@@ -44,13 +44,21 @@ class App:
         self._cold = cold
         self._copy_limit = int(settings.store.max_answer_mb * (1 << 20))
         prompts, options = Prompts(versions, table), Options.of(settings, meter)
+        body_limit = int(settings.server.max_body_mb * (1 << 20))
         redaction = settings.store.redaction
         recorder = Recorder(journal, table, redaction.emails, prices, Policy.of(redaction))
-        self._relay = Relay(
-            upstream, prompts, recorder, table, self._guard, int(settings.server.max_body_mb * (1 << 20)), options
-        )
+        self._relay = Relay(upstream, prompts, recorder, table, self._guard, body_limit, options)
         self.quick = Quick(
-            upstream, prompts, recorder, table, self._guard, versions, self._relay, options, self._copy_limit
+            upstream,
+            prompts,
+            recorder,
+            table,
+            self._guard,
+            versions,
+            self._relay,
+            options,
+            self._copy_limit,
+            body_limit,
         )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

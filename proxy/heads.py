@@ -13,14 +13,16 @@ from proxy.dialects.base import Dialect
 from proxy.errors import Header
 from proxy.joining import RETRIES, is_retry
 from proxy.paths import Route
-from proxy.versions import Snapshot
 
 MOST = 512  # heads that are kept
 _LARGEST = 8 << 10  # bytes of one that is kept
 _BEFORE_DIGITS = b"\r\ncontent-length: "
 # What makes a request unusual, or its head one that won't come again.
 _UNUSUAL = frozenset((b"transfer-encoding", b"upgrade", b"expect", b"content-encoding", b"x-ratchet-slot"))
-_UNIQUE = frozenset((b"traceparent", b"tracestate", b"baggage", b"idempotency-key", b"x-request-id"))
+_UNIQUE = frozenset(
+    b"traceparent tracestate baggage idempotency-key x-request-id x-client-request-id x-correlation-id sentry-trace "
+    b"x-datadog-trace-id x-datadog-parent-id b3 x-b3-traceid x-b3-spanid x-amzn-trace-id x-cloud-trace-context".split()
+)
 _LEFT_OUT = _UNUSUAL | _UNIQUE
 
 
@@ -53,12 +55,12 @@ class Head:
         self.named = None if named is None else named.decode("latin-1").strip()
         self.awaited = RETRIES in given
         self.tenant = ""
-        self.seen: Snapshot | None = None
+        self.seen = 0
         self.plans: dict[int, Any] = {}
 
-    def allowed(self, guard: Guard, now: Snapshot) -> None:
-        """Asks again whose key it is, because the deployments, and keys with them, have changed. Raises Unauthorized or
-        Forbidden."""
+    def allowed(self, guard: Guard, now: int) -> None:
+        """Asks again whose key it is, because the deployments, and keys with them, have changed: they are number `now`.
+        Raises Unauthorized or Forbidden."""
         self.plans = {}
         self.tenant = guard.authorise(self.given, "agent") or ""
         self.seen = now

@@ -167,4 +167,4 @@ def remember(
 def give_back(table: Table, identity: Identity) -> None:
     """After a failure: the prefix that this call used up can be continued again, by the retry."""
     if identity.taken is not None:
-        table.add(identity.taken, identity.episode_id.encode())
+        table.give_back(identity.taken, identity.episode_id.encode())

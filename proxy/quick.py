@@ -31,7 +31,7 @@ from proxy.reply import RawReply, passed_on
 from proxy.streaming import Streaming
 from proxy.table import Table
 from proxy.upstream import Plain, Request, Upstream, headers_for
-from proxy.versions import Versions
+from proxy.versions import Snapshot, Versions
 
 if TYPE_CHECKING:
     from proxy.server import Protocol
@@ -53,6 +53,7 @@ class Quick:
         relay: Relay,
         options: Options,
         copy_limit: int,
+        body_limit: int,
     ) -> None:
         self.heads = Heads()
         self.recorder = recorder
@@ -66,6 +67,9 @@ class Quick:
         self._guard = guard
         self._versions = versions
         self._copy_limit = copy_limit
+        self._body_limit = body_limit
+        self._known: Snapshot | None = None  # the deployments in force at the last call
+        self._age = 0  # how many of them there have been
 
     def learn(self, key: bytes | None, scope: Any, headers: dict[bytes, bytes], call: Call) -> None:
         """A call goes the long way: whether the next one with such a head need not. `key`: as `heads.cut` gives it."""
@@ -76,10 +80,12 @@ class Quick:
         """Begins a call, if it is a usual one; else False, and nothing has happened."""
         plain = connection = None
         try:
-            if head.seen is not self._versions.current:
-                head.allowed(self._guard, self._versions.current)
+            if head.seen != self._present():
+                head.allowed(self._guard, self._age)
+            if len(raw) > self._body_limit or self.calls.full or self._guard.limits(head.tenant):
+                return False
             body = Body(raw)
-            if body.parsed is None or "prompt_id" in body.parsed or self.calls.full or self._guard.limits(head.tenant):
+            if body.parsed is None or "prompt_id" in body.parsed:
                 return False
             depth.check(raw, body.parsed)
             dialect = head.dialect
@@ -101,6 +107,13 @@ class Quick:
             return False
         protocol.running = QuickCall(self, protocol, head, call, raw, body, plain, connection, lines)
         return True
+
+    def _present(self) -> int:
+        """The number of the deployments in force. A head keeps it, and not them."""
+        if self._known is not self._versions.current:
+            self._known = self._versions.current
+            self._age += 1
+        return self._age
 
     def _prepared(self, head: Head, body: Body, parsed: Json, reading: Reading, plain: Plain) -> Call | None:
         """The call, its body as it goes upstream. None where something would have to be awaited. Raises BadRequest."""
@@ -223,15 +236,15 @@ class QuickCall:
     def _begin_stream(self, given: dict[bytes, bytes]) -> None:
         call = self.call
         answer: Any = RawReply(self._response)
-        client = self._begun = Client(None, call, self._quick.recorder)
+        client = Client(None, call, self._quick.recorder)
         client.started = call.stream = True
         call.http_status = 200
-        self._streaming = streaming = Streaming(client, call, answer, self._body.stripping)
+        streaming = Streaming(client, call, answer, self._body.stripping)
         headers = [*streaming.headers, *call.headers(), (b"transfer-encoding", b"chunked")]
-        self._stream(streaming, self._protocol.head(headers, given))
+        self._stream(streaming, self._protocol.head(headers, given), client)
 
-    def _stream(self, streaming: Streaming, head: bytes = b"") -> None:
-        """Some of a stream, behind its head where that is not out yet."""
+    def _stream(self, streaming: Streaming, head: bytes = b"", client: Client | None = None) -> None:
+        """Some of a stream; with `client` its beginning, behind its head."""
         call, complete = self.call, self._response.complete
         chunk = self._response.take()
         run, ends = streaming.pass_on(chunk, complete) if chunk else (b"", False)
@@ -246,6 +259,8 @@ class QuickCall:
             head += b"0\r\n\r\n"
         if head:
             self._protocol.transport.write(head)
+        if client is not None:
+            self._begun, self._streaming = client, streaming
         if complete:
             self._end()
         else:

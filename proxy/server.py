@@ -343,7 +343,9 @@ class Protocol(HttpToolsProtocol):
         scope["raw_path"] = url.path
         scope["query_string"] = url.query or b""
         before = self.cycle
-        self.cycle = cycle = self._cycle(version != "1.0" and parser.should_keep_alive())
+        # What follows the head of a refused upgrade has no length: it must not be read as a request.
+        alive = version != "1.0" and parser.should_keep_alive() and not parser.should_upgrade()
+        self.cycle = cycle = self._cycle(alive)
         cycle.key, self._key = self._key, None
         if before is None or before.response_complete:
             self._start_asgi_task(cycle, self.app)
@@ -392,7 +394,8 @@ class Protocol(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """Closes the connection when nobody has used it for the time set."""
         self.timeout_keep_alive_task = None
-        if self.running is not None or (self.cycle is not None and not self.cycle.response_complete):
+        busy = self.running is not None or self._waiting is not None
+        if busy or (self.cycle is not None and not self.cycle.response_complete):
             return  # its end sets the timer again
         left = self._idle_since + self.timeout_keep_alive - self.loop.time()
         if left > 0.01:

@@ -143,6 +143,16 @@ class Table:
             self._store(bucket, way, key, _TAKEN, value)
             return Taken(value, len(entries))
 
+    def give_back(self, key: bytes, value: bytes) -> None:
+        """Lets a value that was taken be taken again; where it is gone, it is added anew."""
+        bucket = self._bucket(key)
+        with self._lock:
+            for way in self._ways(bucket, key):
+                if self._read(bucket, way, key) == (_TAKEN, value):
+                    self._store(bucket, way, key, _LIVE, value)
+                    return
+            self._write(key, value)
+
     def _bucket(self, key: bytes) -> int:
         return _HEADER + int.from_bytes(key[:8], "little") % self._buckets * _BUCKET
 

@@ -230,14 +230,34 @@ def test_an_answer_longer_than_what_is_kept_is_handed_over(proxy: Worker, upstre
     assert proxy.span(count=1)["status"] == "ok"
 
 
+def test_a_body_over_the_limit_is_refused_behind_a_known_head(
+    upstream: FakeUpstream, tmp_path: Path, taken: Taken
+) -> None:
+    with worker(tmp_path, upstream.url, server={"max_body_mb": 0.05}) as small:
+        assert long_way.post(small).status_code == 200
+        upstream.forget()
+        long = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 100_000}]}).encode()
+        assert b" 413 " in talk(small, long_way.request(long))
+        assert (taken.count, upstream.requests) == (0, [])
+        assert small.span(count=2)["http_status"] == 413
+
+
+@pytest.mark.parametrize(
+    ("body", "place"), [(BODY, "proxy.prepare.read_answer"), (STREAM, "proxy.quick.Streaming")]
+)
 def test_a_bug_on_the_short_way_is_an_answer_and_a_span(
-    proxy: Worker, taken: Taken, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    proxy: Worker,
+    taken: Taken,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    body: bytes,
+    place: str,
 ) -> None:
     def broken(*_: object) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr("proxy.prepare.read_answer", broken)
-    reply = long_way.post(proxy)
+    monkeypatch.setattr(place, broken)
+    reply = long_way.post(proxy, body)
     assert (reply.status_code, reply.json()["error"]["type"]) == (500, "ratchet_error")
     assert taken.count == 1
     assert proxy.span(count=1)["error_type"] == "internal_error"

@@ -293,6 +293,27 @@ def test_an_upgrade_is_served_as_a_plain_request() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("sent", [0, 1])
+def test_what_follows_the_head_of_an_upgrade_is_no_request(sent: int) -> None:
+    """The parser gives the body of such a request no length: the connection has to end."""
+    asked: list[bytes] = []
+
+    async def refusing(scope: Any, receive: Any, send: Any) -> None:
+        asked.append(scope["raw_path"])
+        await send({"type": "http.response.start", "status": 400, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def run() -> None:
+        talk = Talk(refusing)
+        head = b"POST /a HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\ncontent-length: %d\r\n\r\n"
+        hidden = GET.replace(b"/a", b"/hidden")
+        assert (await talk.say(head % len(hidden) + sent * hidden)).startswith(b"HTTP/1.1 400 ")
+        assert talk.wire.closed.is_set()
+
+    asyncio.run(run())
+    assert asked == [b"/a"]
+
+
 H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
 
 

@@ -132,3 +132,14 @@ def test_what_thousands_say_alike_pushes_out_nothing_of_others(tmp_path: Path) -
             table.add(key("prefix", "Hello"), b"another")
         assert [table.get(key("sticky", str(number))) for number in range(8)] == [b"%d" % n for n in range(8)]
         assert table.take(key("prefix", "Hello")).found == 8
+
+
+def test_what_was_taken_and_given_back_is_there_once(tmp_path: Path) -> None:
+    with Table(tmp_path / "t") as table:
+        table.add(key("a"), b"1")
+        assert table.take(key("a")) == (b"1", 1)
+        table.give_back(key("a"), b"1")
+        assert table.take(key("a")) == (b"1", 1)
+        assert table.take(key("a")) == (None, 1)
+        table.give_back(key("b"), b"2")  # pushed out meanwhile
+        assert table.take(key("b")) == (b"2", 1)
