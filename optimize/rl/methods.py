@@ -39,7 +39,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "rft": Method(ratio=False, positive=True),
+    "rft": Method(ratio=False, positive=True, learning_rate=2e-4),
     "grpo": Method(),
     "dr_grpo": Method(loss="dr_grpo"),
     "dapo": Method(loss="dapo", high=0.28),

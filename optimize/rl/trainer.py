@@ -19,6 +19,9 @@ from optimize.rl.batch import Tensors, collate
 from optimize.rl.logprobs import supported, token_logprobs
 from optimize.rl.rows import Row
 
+# A token counts for no more: a few that the model has unlearned must not pass for a collapse, which shows in most.
+MOST_OF_A_TOKEN = 10.0
+
 
 class Collapsed(RatchetError):
     """Training went wrong beyond repair; the adapter must not be used."""
@@ -112,7 +115,7 @@ class LoggedTrainer(GRPOTrainer):
         return loss
 
     def _divergences(self, inputs: Tensors) -> None:
-        """KL to the base and to the policy that acted, on the logged tokens (Schulman's k3 estimate)."""
+        """From the base and from the policy that acted, on the logged tokens."""
         if self._seen is None:
             return
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -120,8 +123,7 @@ class LoggedTrainer(GRPOTrainer):
         for name, key in (("kl_base", "ref_per_token_logps"), ("kl_logged", "old_per_token_logps")):
             if key in inputs:
                 gap = inputs[key] - self._seen[0]
-                kl = ((gap.exp() - gap - 1) * mask).sum() / mask.sum().clamp(min=1)
-                metrics[name].append(float(kl))
+                metrics[name].append(divergence(gap, mask))
 
     def _curves(self, rows: Sequence[Row]) -> None:
         metrics = self._metrics["train"]
@@ -154,3 +156,11 @@ class Shuffled(Sampler[int]):  # type: ignore[misc]  # torch is not followed
 
 def _unused_reward(**_: Any) -> list[float]:
     raise RuntimeError("rewards are logged, not computed here")
+
+
+def divergence(gap: torch.Tensor, mask: torch.Tensor) -> float:
+    """Mean KL of the policy from another one, nats a token, by Schulman's k3 estimate (Approximating KL
+    Divergence, 2020), whose heavy tail is cut at MOST_OF_A_TOKEN. `gap` (B, T): the other's log-probabilities less the
+    policy's."""
+    each = (gap.exp() - gap - 1).clamp(max=MOST_OF_A_TOKEN)
+    return float((each * mask).sum() / mask.sum().clamp(min=1))

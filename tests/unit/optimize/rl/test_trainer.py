@@ -13,10 +13,12 @@ pytest.importorskip("trl", reason="training needs the extra `rl`")
 from peft import LoraConfig, get_peft_model
 from trl import GRPOConfig, GRPOTrainer
 
+from optimize.rl.guard import Limits
 from optimize.rl.logprobs import token_logprobs
 from optimize.rl.methods import METHODS
 from optimize.rl.rows import Row
 from optimize.rl.train import TrainSpec, logged_trainer
+from optimize.rl.trainer import MOST_OF_A_TOKEN, divergence
 from tests.unit.optimize.rl.conftest import VOCABULARY, byte_tokenizer, tiny_gemma, tiny_llama
 
 pytestmark = [
@@ -261,3 +263,17 @@ def test_a_row_without_logged_log_probabilities_is_refused_where_a_ratio_is_need
     rows = rows_of(2)
     with pytest.raises(ValueError, match="silently be 1"):
         collate([rows[0], replace(rows[1], logprobs=None)], 0, ratio=True, reference=None)
+
+
+def test_a_few_unlearned_tokens_are_no_collapse_and_many_are() -> None:
+    mask, gap = torch.ones(4, 10), torch.zeros(4, 10)
+    assert divergence(gap, mask) == 0.0
+    gap[0, 0] = 0.1
+    assert divergence(gap, mask) == pytest.approx((math.exp(0.1) - 1.1) / 40, rel=1e-3)
+    gap[0, :3] = 8.0  # thousands each, by the plain estimate
+    assert divergence(gap, mask) == pytest.approx(3 * MOST_OF_A_TOKEN / 40) < Limits().most_kl
+    gap[:2] = 8.0
+    assert divergence(gap, mask) > Limits().most_kl
+    gap[:, 5:], mask[:, 5:] = 8.0, 0.0  # not the policy's own tokens
+    gap[:, :5] = 0.0
+    assert divergence(gap, mask) == 0.0
