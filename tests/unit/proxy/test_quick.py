@@ -242,9 +242,7 @@ def test_a_body_over_the_limit_is_refused_behind_a_known_head(
         assert small.span(count=2)["http_status"] == 413
 
 
-@pytest.mark.parametrize(
-    ("body", "place"), [(BODY, "proxy.prepare.read_answer"), (STREAM, "proxy.quick.Streaming")]
-)
+@pytest.mark.parametrize(("body", "place"), [(BODY, "proxy.prepare.read_answer"), (STREAM, "proxy.quick.Streaming")])
 def test_a_bug_on_the_short_way_is_an_answer_and_a_span(
     proxy: Worker,
     taken: Taken,
