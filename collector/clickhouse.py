@@ -22,11 +22,13 @@ import orjson
 import pyarrow as pa
 
 from collector import clickhouse_sql as statements
-from collector import lookup, paging, results, rewards
+from collector import journal as lines_of
+from collector import lookup, paging, registry, results, rewards
 from collector.clickhouse_http import Failed, Server, chunks
 from collector.clickhouse_sql import REPEATED, TABLES, TRIALS
 from collector.errors import BadRows, RatchetError, Unavailable
 from collector.inserts import Segment
+from collector.loader import sift
 from collector.model import CALLS
 from collector.readonly_clickhouse import one_select
 from collector.settings import Storage
@@ -213,6 +215,18 @@ class ClickHouse(Store):
         return found
 
     # Reading
+
+    def registry_events(self) -> list[tuple[str, dict[str, Any]]]:
+        """Also those that wait in the journal while ClickHouse is away: they were acknowledged."""
+        found, loaded = super().registry_events(), self.loaded()
+        for path in sorted(self._journal.glob(f"*-collector-*{lines_of.SEALED}")):
+            if path.stem not in loaded:
+                with contextlib.suppress(OSError):  # the loader tells what it cannot read
+                    lines = sift(path.read_bytes())[0]
+                    found += [
+                        (_event(line), lines_of.decode(line)) for line in lines if _event(line) in registry.EVENTS
+                    ]
+        return found
 
     def episodes(self, **where: Any) -> Found:
         """Rows of `episodes_v`, newest first."""

@@ -1,0 +1,39 @@
+"""A collector whose ClickHouse does not answer: nothing here needs one."""
+
+from pathlib import Path
+
+import pytest
+
+from collector import bodies
+from collector.service import Collector
+from tests.unit.collector.rows import settings
+
+AWAY = {"url": "clickhouse://127.0.0.1:1/db"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+def opened(folder: Path) -> Collector:
+    return Collector(settings(folder, store=AWAY), background=False)
+
+
+def test_versions_promotions_and_revoked_keys_survive_restarts_while_clickhouse_is_away(folder: Path) -> None:
+    collector = opened(folder)
+    collector.add_version("s", bodies.VersionBody(template="one"))
+    collector.close()
+    collector = opened(folder)
+    collector.add_version("s", bodies.VersionBody(template="two"))
+    revision = collector.promote("s", bodies.PromoteBody(version=2))
+    made = collector.create_key(bodies.KeyBody(name="k"))
+    collector.revoke_key(made["key_id"])
+    collector.close()
+    collector = opened(folder)
+    assert [row["template"] for row in collector.versions("s")] == ["one", "two"]
+    assert collector.registry.revision == revision
+    assert collector.registry.keys.get(made["key_id"]).revoked_ns is not None
+    collector.add_version("s", bodies.VersionBody(template="three"))
+    assert [row["version"] for row in collector.versions("s")] == [1, 2, 3]
+    collector.close()
