@@ -58,6 +58,8 @@ Found = list[dict[str, Any]]
 class ClickHouse(Store):
     """The store of `store.url`. While ClickHouse is away, loads and reads of spans raise Unavailable, no others do."""
 
+    engine = "-clickhouse"
+
     def __init__(self, path: Path, journal: Path, settings: Storage, weights: Mapping[str, float]) -> None:
         if settings.url is None:
             raise ValueError("store.url is not set")

@@ -171,3 +171,14 @@ def with_rewards(rows: Rows, episodes: list[dict[str, Any]], weights: Mapping[st
     for reward in judged(rows, list(by_episode), since, until):
         by_episode[reward["episode_id"]].append(reward)
     return [{**row, "reward": rewards.combine(by_episode[row["episode_id"]], weights)} for row in episodes]
+
+
+def reader(cursor: Any) -> Rows:
+    """How to ask a cursor: rows as dictionaries."""
+
+    def rows(statement: str, where: Mapping[str, Any]) -> list[dict[str, Any]]:
+        done = cursor.execute(statement, dict(where)) if where else cursor.execute(statement)
+        names = [column[0] for column in done.description]
+        return [dict(zip(names, row, strict=True)) for row in done.fetchall()]
+
+    return rows

@@ -128,6 +128,8 @@ class Store:
     Raises Conflict when another process has the file open.
     """
 
+    engine = ""  # part of the schema's name: a file that another engine's segments filled lacks their rows
+
     def __init__(self, path: Path, journal: Path, settings: Storage, weights: Mapping[str, float]) -> None:
         self.path = Path(path)
         self.rebuilt = 0  # how often a broken or outdated file was replaced
@@ -175,7 +177,7 @@ class Store:
         con = self._connect()
         try:
             known = _known_schema(con)
-            if known not in (None, SCHEMA_HASH):
+            if known not in (None, SCHEMA_HASH + self.engine):
                 con.close()
                 self._start_over()
                 con, known = self._connect(), None
@@ -215,8 +217,8 @@ class Store:
         log.error("%s moved aside as .corrupt-%d", self.path, stamp)
 
     def _start_over(self) -> None:
-        """Another version of the schema wrote this file: the journal fills a new one, nothing of it is needed."""
-        log.warning("%s has another schema; it is rebuilt from the journal", self.path)
+        """Another schema or engine wrote this file: the journal fills a new one, nothing of it is needed."""
+        log.warning("%s is of another schema or engine; it is rebuilt from the journal", self.path)
         self.rebuilt += 1
         for path in (self.path, self.path.with_name(self.path.name + ".wal")):
             path.unlink(missing_ok=True)
@@ -229,7 +231,7 @@ class Store:
             con.execute("BEGIN")
             self.archive.show(con)
             con.execute(SCHEMA)
-            con.execute("INSERT INTO _meta VALUES ('schema', ?)", [SCHEMA_HASH])
+            con.execute("INSERT INTO _meta VALUES ('schema', ?)", [SCHEMA_HASH + self.engine])
             con.execute("COMMIT")
             con.execute("CHECKPOINT")
         weights = dict(con.execute("SELECT name, weight FROM reward_weights").fetchall())
@@ -423,7 +425,7 @@ class Store:
         """Rows of `episodes_v`, newest first. See `pages` for the parameters, all needed, None for any."""
         given = {**where, **_before(where, "before_id")}
         with self._snapshot() as cursor:
-            rows = _reader(cursor)
+            rows = pages.reader(cursor)
             if where["min_reward"] is not None or where["max_reward"] is not None:
                 return rows(pages.EPISODES_WHERE, given)
             asked = {name: given[name] for name in ("before_ns", "before_id", "status", "limit", "slot", "version")}
@@ -439,7 +441,7 @@ class Store:
     def episode(self, episode_id: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """`(spans with payloads, resolved rewards)` of one episode."""
         with self._snapshot() as cursor:
-            rows = _reader(cursor)
+            rows = pages.reader(cursor)
             (extent,) = rows(_EXTENT, {"episode_id": episode_id})
             if extent["since"] is None:
                 return [], rows(_EPISODE_REWARDS, {"episode_id": episode_id})
@@ -449,7 +451,7 @@ class Store:
     def echoes(self, episode_id: str) -> list[dict[str, Any]]:
         """The agents' own spans that repeat calls of one episode: {"span_id", "parent_span_id", "echo_of"}."""
         with self._snapshot() as cursor:
-            rows = _reader(cursor)
+            rows = pages.reader(cursor)
             return rows(_EPISODE_ECHOES, {"episode_id": episode_id}) if rows(pages.ANY_ECHO, {}) else []
 
     def unmatched_rewards(self, limit: int) -> list[dict[str, Any]]:
@@ -471,7 +473,7 @@ class Store:
     def stats(self) -> dict[str, Any]:
         """Counts of rows. That of unmatched rewards, a pass over all, is up to ten seconds old."""
         with self._snapshot() as cursor:
-            rows = _reader(cursor)
+            rows = pages.reader(cursor)
             (found,) = rows(_STATS, {})
             until, unmatched = self._unmatched
             if time.monotonic() >= until or found["spans"] < _FOLD_LINES:
@@ -505,11 +507,11 @@ class Store:
     def reading(self, ask: Callable[[pages.Rows], R]) -> R:
         """What `ask` reads by several statements, all of one state of the store."""
         with self._snapshot() as cursor:
-            return ask(_reader(cursor))
+            return ask(pages.reader(cursor))
 
     def _rows(self, statement: str, where: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         with self._snapshot() as cursor:
-            return _reader(cursor)(statement, where or {})
+            return pages.reader(cursor)(statement, where or {})
 
     def query(self, sql: str, limit: int, page: int | None = None) -> results.Table:
         """The first `limit` rows of one SELECT, in a read-only transaction; each page is stopped after
@@ -574,15 +576,6 @@ def _told() -> Iterator[None]:
         if "INTERRUPT" in str(error):
             raise QueryError("stopped, it took too long; narrow the query", code="query_timeout") from None
         raise QueryError(str(error), param="sql") from None
-
-
-def _reader(cursor: "duckdb.DuckDBPyConnection") -> pages.Rows:
-    def rows(statement: str, where: Mapping[str, Any]) -> list[dict[str, Any]]:
-        done = cursor.execute(statement, dict(where)) if where else cursor.execute(statement)
-        names = [column[0] for column in done.description]
-        return [dict(zip(names, row, strict=True)) for row in done.fetchall()]
-
-    return rows
 
 
 def _before(where: Mapping[str, Any], name: str) -> dict[str, Any]:

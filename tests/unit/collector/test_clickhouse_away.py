@@ -6,7 +6,7 @@ import pytest
 
 from collector import bodies
 from collector.service import Collector
-from tests.unit.collector.rows import settings
+from tests.unit.collector.rows import call, settings, write
 
 AWAY = {"url": "clickhouse://127.0.0.1:1/db"}
 
@@ -36,4 +36,17 @@ def test_versions_promotions_and_revoked_keys_survive_restarts_while_clickhouse_
     assert collector.registry.keys.get(made["key_id"]).revoked_ns is not None
     collector.add_version("s", bodies.VersionBody(template="three"))
     assert [row["version"] for row in collector.versions("s")] == [1, 2, 3]
+    collector.close()
+
+
+def test_switching_engines_starts_the_local_file_over_and_the_journal_fills_it(folder: Path) -> None:
+    collector = Collector(settings(folder), background=False)
+    write(folder, call(1), call(2))
+    assert collector.flush()["pending"] == 0
+    collector.close()
+    collector = opened(folder)
+    assert collector.store.loaded() == set(), "ClickHouse has none of what DuckDB had loaded"
+    collector.close()
+    collector = Collector(settings(folder), background=False)
+    assert collector.store.content()["span"][0] == 2
     collector.close()
