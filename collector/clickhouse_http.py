@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote_plus, unquote, urlsplit
 
 import httpx
 import pyarrow as pa
@@ -23,6 +23,7 @@ _CONNECT_SECONDS = 3.0
 _PATIENCE_SECONDS = 60.0
 _BEHIND_SECONDS = 1.0  # after a failure to reach it, it is left alone for so long
 _IN_MEMORY = 8 << 20
+_ROOM = 40_000  # characters of a URL for one list; httpx takes 64 Ki of a query
 _QUOTED = 600  # characters of an error message that are told
 # Codes of errors that lie in the rows, not in the server; see ClickHouse's ErrorCodes.cpp.
 _OF_ROWS = frozenset((6, 20, 25, 26, 27, 33, 38, 41, 53, 69, 70, 72, 117, 130, 131, 321, 349, 441, 467, 675))
@@ -152,6 +153,8 @@ class Server:
         self._check_reachable()
         try:
             return self._send(params, sql.encode() if body is None else body)
+        except httpx.InvalidURL as error:
+            raise Failed(f"the question is too long: {error}", 0) from None
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
 
@@ -227,7 +230,15 @@ def _escaped(text: str) -> str:
 
 
 def chunks(values: Iterable[str], size: int) -> Iterator[list[str]]:
-    """The values, at most `size` at a time: parameters travel in the URL, whose length is bounded."""
-    rest = list(values)
-    for start in range(0, len(rest), size):
-        yield rest[start : start + size]
+    """The values, at most `size` at a time and no longer than fits: parameters travel in the URL, of bounded length."""
+    some: list[str] = []
+    room = _ROOM
+    for value in values:
+        cost = len(quote_plus(_quoted(value))) + len("%2C")
+        if some and (len(some) >= size or cost > room):
+            yield some
+            some, room = [], _ROOM
+        some.append(value)
+        room -= cost
+    if some:
+        yield some

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from collector.clickhouse_http import Failed, Server, address, parameter
+from collector.clickhouse_http import Failed, Server, address, chunks, parameter
 from collector.errors import BadRows, ConfigError, QueryError, Unavailable
 from collector.settings import load
 
@@ -139,4 +139,26 @@ def test_who_cannot_be_reached_is_named_without_its_password() -> None:
         with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1/db does not answer") as error:
             server.run("SELECT 1")
         assert "p:w" not in error.value.message
+    server.close()
+
+
+@pytest.mark.parametrize("ids", [["語" * 256] * 50, ["x" * 200 + str(n) for n in range(1000)], ["'\\"] * 3000, ["a"]])
+def test_a_list_of_ids_is_cut_so_that_each_part_can_be_sent(
+    scripted: tuple[type[Scripted], str], ids: list[str]
+) -> None:
+    handler, url = scripted
+    parts = list(chunks(ids, 1000))
+    assert [one for part in parts for one in part] == ids
+    assert all(0 < len(part) <= 1000 for part in parts)
+    handler.answers = [(200, None, b"")] * len(parts)
+    server = Server(url)
+    for part in parts:
+        server.run("SELECT {ids:Array(String)}", {"ids": part})
+    server.close()
+
+
+def test_a_question_that_is_too_long_is_an_error_of_ours() -> None:
+    server = Server("clickhouse://127.0.0.1:1/db")
+    with pytest.raises(Failed, match="too long"):
+        server.run("SELECT 1", {"x": "y" * 70_000})
     server.close()
