@@ -29,6 +29,7 @@ _QUOTED = 600  # characters of an error message that are told
 _OF_ROWS = frozenset((6, 20, 25, 26, 27, 33, 38, 41, 53, 69, 70, 72, 117, 130, 131, 321, 349, 441, 467, 675))
 _OF_SERVER = frozenset((3, 76, 74, 75, 159, 201, 202, 203, 209, 210, 236, 241, 242, 243, 252, 394, 425, 499, 999))
 _TIMEOUT = 159
+_QUERY_MEMORY = ("Memory limit (for query)", "Query memory limit")  # not the whole server's
 _ARROW = {
     "default_format": "ArrowStream",
     "output_format_arrow_string_as_string": 1,
@@ -134,6 +135,10 @@ class Server:
             if error.number == _TIMEOUT:
                 raise QueryError(f"it took too long; narrow the query: {error.message}", code="query_timeout") from None
             raise QueryError(error.message, param="sql") from None
+        except Unavailable as error:
+            if any(said in error.message for said in _QUERY_MEMORY):
+                raise QueryError(f"it needs too much memory; narrow the query: {error.message}", param="sql") from None
+            raise
 
     def _ask(
         self,

@@ -162,3 +162,22 @@ def test_a_question_that_is_too_long_is_an_error_of_ours() -> None:
     with pytest.raises(Failed, match="too long"):
         server.run("SELECT 1", {"x": "y" * 70_000})
     server.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("Query memory limit exceeded: would use 2 GiB", QueryError),
+        ("Memory limit (for query) exceeded: would use 2 GiB", QueryError),
+        ("(total) memory limit exceeded: would use 20 GiB", Unavailable),
+    ],
+)
+def test_only_a_users_own_bound_on_memory_is_the_users_error(
+    scripted: tuple[type[Scripted], str], said: str, kind: type[Exception]
+) -> None:
+    handler, url = scripted
+    handler.answers = [(500, 241, said.encode())]
+    server = Server(url)
+    with pytest.raises(kind, match="would use"):
+        server.query("SELECT 1", {})
+    server.close()
