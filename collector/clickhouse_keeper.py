@@ -38,6 +38,11 @@ class ClickHouseKeeper(Keeper):
         for day, names in by_day.items():
             held = self._remote().noted(names)
             trimmed = [_trim(self._journal, name, dry_run) for name in names if name in held]
+            gone = [name for name in names if name in held and not (self._journal / (name + journal.SEALED)).exists()]
+            if gone and not dry_run:
+                with self._loading:
+                    self._store.forget(gone)
+                    self._loader.forget(gone)
             if any(freed for freed, _, _ in trimmed):
                 report.days.append(day_name(day))
                 report.segments += sum(freed > 0 for freed, _, _ in trimmed)

@@ -266,6 +266,7 @@ class Store:
                 self._fold(cursor)
                 cursor.execute("BEGIN TRANSACTION READ ONLY")
                 self.archive.show(cursor)
+                cursor.execute("SELECT 1 FROM _meta LIMIT 1").fetchall()  # the engine begins at the first read
             yield cursor
 
     def fold(self) -> None:
@@ -297,6 +298,11 @@ class Store:
         """The names of the segments that are in the projection."""
         with self._cursor() as cursor:
             return {name for (name,) in cursor.execute("SELECT name FROM _segments").fetchall()}
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Segments that are no longer in the journal need not be known any more."""
+        with self._cursor() as cursor:
+            cursor.execute("DELETE FROM _segments WHERE name IN (SELECT unnest(?))", [list(names)])
 
     def load(self, segments: Sequence[Segment]) -> None:
         """Insert the rows of sealed segments and their names in one transaction.

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from collector import bodies
+from collector import bodies, clickhouse
 from collector.service import Collector
+from tests.unit.collector.days import write_day
 from tests.unit.collector.rows import call, settings, write
 
 AWAY = {"url": "clickhouse://127.0.0.1:1/db"}
@@ -49,4 +50,23 @@ def test_switching_engines_starts_the_local_file_over_and_the_journal_fills_it(f
     collector.close()
     collector = Collector(settings(folder), background=False)
     assert collector.store.content()["span"][0] == 2
+    collector.close()
+
+
+def test_a_segment_that_leaves_the_journal_is_known_no_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collector = opened(folder)
+    path = write_day(folder, 3, call(1))
+    kept = write_day(folder, 2, call(2), ("evaluation", {"evaluation_id": "e", "ok": True, "ts_ns": 1}))
+    monkeypatch.setattr(clickhouse.ClickHouse, "load", lambda self, segments: clickhouse.Store.load(self, segments))
+    monkeypatch.setattr(clickhouse.ClickHouse, "noted", lambda self, names: set(names))
+    collector.flush()
+    assert path.stem in collector.store.loaded()
+    collector.keeper.compact(dry_run=True)
+    assert path.stem in collector.store.loaded()
+    collector.keeper.compact()
+    assert not path.exists()
+    assert path.stem not in collector.store.loaded()
+    assert not collector.loader.is_loaded(path.stem)
+    assert kept.stem in collector.store.loaded(), "what is still in the journal must not be loaded again"
+    monkeypatch.undo()
     collector.close()

@@ -371,3 +371,16 @@ def test_reading_does_not_wait_for_a_loader_in_its_transaction(small: Store) -> 
         busy.execute("INSERT INTO spans (span_id) VALUES ('x')")
         assert rows(small, "SELECT count(*) FROM spans") == [[3]]
         busy.execute("ROLLBACK")
+
+
+def test_a_snapshot_does_not_see_what_is_committed_after_it_began(tmp_path: Path) -> None:
+    made = loaded(tmp_path, call(1))
+
+    def ask(read: Any) -> int:
+        with made._cursor() as other:
+            other.execute("DELETE FROM spans")
+        return int(read("SELECT count(*) AS n FROM spans", {})[0]["n"])
+
+    assert made.reading(ask) == 1
+    assert rows(made, "SELECT count(*) FROM spans") == [[0]]
+    made.close()
