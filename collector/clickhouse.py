@@ -76,7 +76,7 @@ class ClickHouse(Store):
         self._counted_until = 0.0
         try:
             self._prepare_remote()
-        except Unavailable as error:
+        except (Unavailable, Failed) as error:  # a password that was changed keeps calls from nothing
             log.error("%s; it is tried again, the journal keeps what comes", error.message)
 
     def close(self) -> None:

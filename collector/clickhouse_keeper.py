@@ -30,6 +30,8 @@ class ClickHouseKeeper(Keeper):
 
     def _compact(self, before: int, dry_run: bool) -> Report:
         """Trim the journal's segments of the days before one, those that both sides hold."""
+        for left in () if dry_run else self._journal.glob("*.trimmed"):  # by a process that was killed
+            left.unlink(missing_ok=True)
         report = Report(dry_run=dry_run)
         by_day: defaultdict[int, list[str]] = defaultdict(list)
         for path in sorted(self._journal.glob("*" + journal.SEALED)):

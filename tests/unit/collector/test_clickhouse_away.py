@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from collector import bodies, clickhouse
+from collector.clickhouse_http import Failed, Server
 from collector.service import Collector
+from collector.store import Store
 from tests.unit.collector.days import write_day
 from tests.unit.collector.rows import call, settings, write
 
@@ -57,16 +59,32 @@ def test_a_segment_that_leaves_the_journal_is_known_no_more(folder: Path, monkey
     collector = opened(folder)
     path = write_day(folder, 3, call(1))
     kept = write_day(folder, 2, call(2), ("evaluation", {"evaluation_id": "e", "ok": True, "ts_ns": 1}))
-    monkeypatch.setattr(clickhouse.ClickHouse, "load", lambda self, segments: clickhouse.Store.load(self, segments))
+    monkeypatch.setattr(clickhouse.ClickHouse, "load", lambda self, segments: Store.load(self, segments))
     monkeypatch.setattr(clickhouse.ClickHouse, "noted", lambda self, names: set(names))
     collector.flush()
     assert path.stem in collector.store.loaded()
+    left = path.with_suffix(".trimmed")
+    left.write_bytes(b"half of it")
     collector.keeper.compact(dry_run=True)
     assert path.stem in collector.store.loaded()
     collector.keeper.compact()
     assert not path.exists()
+    assert not left.exists(), "a compaction that was killed left it"
     assert path.stem not in collector.store.loaded()
     assert not collector.loader.is_loaded(path.stem)
     assert kept.stem in collector.store.loaded(), "what is still in the journal must not be loaded again"
     monkeypatch.undo()
+    collector.close()
+
+
+def test_a_refused_password_does_not_keep_the_collector_down(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object, **more: object) -> object:
+        raise Failed("Authentication failed", 516)
+
+    monkeypatch.setattr(Server, "rows", refuse)
+    collector = opened(folder)
+    write(folder, call(1))
+    assert collector.flush()["pending"] == 1
+    assert collector.loader.counters.errors > 0
+    assert "Authentication failed" in collector.stats()["clickhouse"]
     collector.close()
