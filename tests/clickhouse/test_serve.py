@@ -2,8 +2,10 @@
 
 import json
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import yaml
 
 from collector import bodies
@@ -15,6 +17,8 @@ from tests.served import run_ratchet, served
 from tests.unit.collector.rows import call, settings, write
 from tests.unit.optimize.world import script
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+KEY = "the-hub-key-of-this-test"
 TASKS = [{"id": f"t{number}", "question": f"Say {number}.", "expected": str(number)} for number in range(3)]
 
 
@@ -48,6 +52,34 @@ def test_call_reward_episode_query_promotion_and_run(clickhouse: Server, tmp_pat
     planted = [path for path in tmp_path.rglob("*") if path.is_file() and path != config]
     for path in planted:
         assert PASSWORD.encode() not in path.read_bytes(), f"the password stands in {path}"
+
+
+def test_two_hosts_one_collector_and_clickhouse_as_the_compose_file_has_them(
+    clickhouse: Server, tmp_path: Path
+) -> None:
+    hub_config, admin = CONFIGS / "compose-collector.yaml", {"authorization": f"Bearer {KEY}"}
+    environ = {"RATCHET_COLLECTOR_KEY": KEY, "RATCHET_STORE_URL": clickhouse.url(fresh())}
+    with FakeUpstream() as upstream, ExitStack() as stack:
+        hub = stack.enter_context(
+            served(tmp_path / "hub", upstream.url, "--host", "127.0.0.1", config=hub_config, **environ)
+        )
+        hosts = []
+        for name in ("a", "b"):
+            config = tmp_path / f"{name}.yaml"
+            config.write_text(yaml.safe_dump({"store": {"collector": hub.url, "collector_key": KEY}}))
+            hosts.append(stack.enter_context(served(tmp_path / name, upstream.url, config=config)))
+        episodes = set()
+        for host in hosts * 2:
+            body = {"model": "m", "messages": [{"role": "user", "content": f"{len(episodes)}?"}]}
+            answer = httpx.post(f"{host.url}/v1/chat/completions", json=body, timeout=60)
+            episodes.add(answer.headers["x-ratchet-episode"])
+            host.client.reward({"episode_id": answer.headers["x-ratchet-episode"], "value": 0.5})
+        for host in hosts:
+            assert host.client.flush()["pending"] == 0
+        sql = "SELECT episode_id, steps, reward FROM episodes_v"
+        answer = httpx.post(f"{hub.url}/api/query", json={"sql": sql}, headers=admin, timeout=60)
+        assert sorted(answer.json()["rows"]) == [[episode, 1, 0.5] for episode in sorted(episodes)]
+        assert len(episodes) == 4
 
 
 def test_while_clickhouse_is_away_everything_goes_on_and_is_there_afterwards(
