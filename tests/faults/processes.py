@@ -10,12 +10,14 @@ from pathlib import Path
 
 
 def parent(pid: int) -> int | None:
-    """The parent of a process that is alive; a zombie counts as gone."""
+    """The parent of a process that is alive. A zombie counts as gone, unless threads of it are still at work: a killed
+    one may be in a sync, and holds its files and locks until that returns."""
     try:
         state, ppid, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        threads = len(os.listdir(f"/proc/{pid}/task"))
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if state == "Z" else int(ppid)
+    return None if state == "Z" and threads <= 1 else int(ppid)
 
 
 def children(pid: int) -> list[int]:
@@ -61,6 +63,8 @@ def on_each_worker(server: int, act: Callable[[], object]) -> None:
 
 def kill_all(server: "subprocess.Popen[bytes]") -> None:
     """kill -9 of a server and its children; returns when all have ended, and so let go of what they held."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(server.pid, signal.SIGSTOP)  # so that it starts nobody meanwhile
     family = [server.pid, *children(server.pid)]
     for pid in family:
         with contextlib.suppress(ProcessLookupError):
