@@ -1,4 +1,4 @@
-"""For all tests. How hypothesis looks for examples: the same ones each time where a result must repeat, new ones elsewhere.
+"""How hypothesis looks for examples: the same ones each time where a result must repeat, new ones elsewhere.
 
 `make test` and a CI that says so (CI=true) repeat themselves; a bare `pytest` explores. A slow machine is no failure.
 """
