@@ -29,6 +29,7 @@ FOLDER = "journal"  # in the data directory
 OPEN = ".open"
 SEALED = ".ndjson"
 EVENTS = ("span", "reward", "version", "candidate", "deployment", "evaluation", "job", "key", "otlp")
+_OPENINGS = {event: b'{"event":"%b"' % event.encode() for event in EVENTS}
 _CRC_BYTES = len(b',"crc":"00000000"}')
 _STALE_TEMPORARY_SECONDS = 60.0
 
@@ -41,8 +42,7 @@ def encode(event: str, body: Any) -> bytes:
     Raises TypeError where `body` holds what JSON cannot (a set, an integer of more than 64 bits, a lone surrogate).
     """
     fields = orjson.dumps(body)
-    comma = b"," if len(fields) > 2 else b""
-    raw = b'{"event":"%b"%b%b' % (event.encode(), comma, fields[1:-1])
+    raw = b"%b,%b" % (_OPENINGS[event], fields[1:-1]) if len(fields) > 2 else _OPENINGS[event]
     return b'%b,"crc":"%08x"}\n' % (raw, crc32(raw))
 
 
@@ -114,7 +114,8 @@ class Journal:
         self._segment: _Segment | None = None
         self._sealing: list[_Segment] = []
         self._closed = False
-        self._wake = threading.Condition()
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(self._lock)
         self._thread = threading.Thread(target=self._run, name=f"journal-{role}", daemon=True)
         self._thread.start()
 
@@ -125,7 +126,7 @@ class Journal:
         except TypeError as error:
             self._lost(error)
             return
-        with self._wake:
+        with self._lock:  # the condition's own, which is cheaper to take by its name
             self._write(line, None)
 
     def append_durable(self, event: str, body: Any) -> "Future[None]":
@@ -164,17 +165,32 @@ class Journal:
 
     def _write(self, line: bytes, waiter: "Future[None] | None") -> None:
         """Append under the lock. A line is stored whole or not at all."""
+        segment = self._segment
         try:
             if self._closed:
                 raise OSError("the journal is closed")
-            segment = self._segment or self._start()
-            self._write_whole(segment, line)
+            if segment is None:
+                segment = self._start()
+            if os.write(segment.fd, line) != len(line):
+                raise OSError(f"not all of {len(line)} bytes fitted")
         except OSError as error:
+            if segment is not None:
+                self._undo(segment)
             self._lost(error)
             if waiter is not None:
                 waiter.set_exception(Unavailable(f"the journal cannot be written: {error}"))
             return
-        self._account(segment, line, waiter)
+        if waiter is not None:
+            segment.waiters.append((waiter, segment.size, len(line)))
+        segment.size += len(line)
+        segment.unsynced += 1
+        self.written += 1
+        self.bytes += len(line)
+        if segment.dirty_since is None or waiter is not None:
+            segment.dirty_since = segment.dirty_since or time.monotonic()
+            self._wake.notify()
+        if segment.size >= self._seal_bytes:
+            self._hand_over()
 
     def _start(self) -> _Segment:
         try:
@@ -184,32 +200,12 @@ class Journal:
             self._segment = _Segment(self.directory, self.role)
         return self._segment
 
-    def _write_whole(self, segment: _Segment, line: bytes) -> None:
+    def _undo(self, segment: _Segment) -> None:
+        """Cut off a line that was written in part."""
         try:
-            count = os.write(segment.fd, line)
-            if count != len(line):
-                raise OSError(f"only {count} of {len(line)} bytes fitted")
-        except OSError:
-            try:
-                os.ftruncate(segment.fd, segment.size)
-            except OSError:  # the tail stays torn: leave this segment, so that nothing is glued to it
-                self._hand_over()
-            raise
-
-    def _account(self, segment: _Segment, line: bytes, waiter: "Future[None] | None") -> None:
-        if waiter is not None:
-            segment.waiters.append((waiter, segment.size, len(line)))
-        segment.size += len(line)
-        segment.unsynced += 1
-        self.written += 1
-        self.bytes += len(line)
-        first = segment.dirty_since is None
-        if first:
-            segment.dirty_since = time.monotonic()
-        if segment.size >= self._seal_bytes:
+            os.ftruncate(segment.fd, segment.size)
+        except OSError:  # the tail stays torn: leave this segment, so that nothing is glued to it
             self._hand_over()
-        elif first or waiter is not None:
-            self._wake.notify()
 
     def _hand_over(self) -> None:
         if self._segment is not None:

@@ -5,6 +5,7 @@ Prices are US dollars per token. A model whose provider or price isn't known has
 
 import importlib.util
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +24,21 @@ class Price(NamedTuple):
     cached: float
 
 
+UNKNOWN = Price(math.nan, math.nan, math.nan)
+_REMEMBERED = 1024
+
+
 class Prices:
     """Prices by provider and model; own ones, of the configuration, go first."""
 
     def __init__(self, known: Mapping[tuple[str, str], Price] | None = None) -> None:
         self._known = dict(known or {})
+        self._priced: dict[tuple[str | None, ...], Price] = {}
 
     def learn(self, known: Mapping[tuple[str, str], Price]) -> None:
         """Adds what is not known yet."""
         self._known = {**known, **self._known}
+        self._priced = {}
 
     def cost(
         self,
@@ -44,12 +51,22 @@ class Prices:
         """Dollars for one call, by the first of `models` that has a price. None where tokens or price are unknown."""
         if provider is None or (tokens_in is None and tokens_out is None):
             return None
-        for model in models:
-            price = self._known.get((provider, model)) if model is not None else None
-            if price is not None:
-                paid, saved = max(0, (tokens_in or 0) - (cached or 0)), cached or 0
-                return paid * price.input + saved * price.cached + (tokens_out or 0) * price.output
-        return None
+        price = self._priced.get((provider, *models))
+        if price is None:
+            price = self._price(provider, models)
+        if price is UNKNOWN:
+            return None
+        paid, saved = max(0, (tokens_in or 0) - (cached or 0)), cached or 0
+        return paid * price.input + saved * price.cached + (tokens_out or 0) * price.output
+
+    def _price(self, provider: str, models: tuple[str | None, ...]) -> Price:
+        """The first that is known, else UNKNOWN; remembered, since calls name the same few models."""
+        priced, known = self._priced, self._known  # in this order: `learn` may come between, in another thread
+        found = (known.get((provider, model)) for model in models if model is not None)
+        price = next((one for one in found if one is not None), UNKNOWN)
+        if len(priced) < _REMEMBERED:
+            priced[provider, *models] = price
+        return price
 
 
 def price_of(entry: Mapping[str, Any]) -> Price | None:

@@ -12,6 +12,7 @@ from proxy.dialects import OTHER
 from proxy.dialects.base import Dialect
 from proxy.errors import Header
 from proxy.joining import RETRIES, is_retry
+from proxy.openings import Openings
 from proxy.paths import Route
 
 MOST = 512  # heads that are kept
@@ -35,7 +36,9 @@ class Head:
         "dialect",
         "given",
         "headers",
+        "limited",
         "named",
+        "openings",
         "plans",
         "query",
         "raw_path",
@@ -55,14 +58,18 @@ class Head:
         self.named = None if named is None else named.decode("latin-1").strip()
         self.awaited = RETRIES in given
         self.tenant = ""
+        self.limited = False  # whether the key may use only so much
         self.seen = 0
-        self.plans: dict[int, Any] = {}
+        self.plans: dict[str | None, Any] = {}
+        self.openings = Openings()
 
     def allowed(self, guard: Guard, now: int) -> None:
         """Asks again whose key it is, because the deployments, and keys with them, have changed: they are number `now`.
         Raises Unauthorized or Forbidden."""
         self.plans = {}
+        self.openings = Openings()
         self.tenant = guard.authorise(self.given, "agent") or ""
+        self.limited = bool(guard.limits(self.tenant))
         self.seen = now
 
 

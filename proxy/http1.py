@@ -7,8 +7,10 @@ environment names one, aiohttp does it). Certificates are verified against the s
 import asyncio
 import re
 import ssl
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from proxy.dial import dial
@@ -26,8 +28,7 @@ _PATH = re.compile(rb"[!-~]*")
 _PORTS = {"http": 80, "https": 443}
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """Where connections go: they are kept and shared per origin."""
 
     host: str
@@ -88,7 +89,7 @@ class Client:
         self.resend = resend
         self._tls = tls
         self._tick = min(1.0, read_timeout / 4, idle_seconds / 4)
-        self._idle: dict[Origin, list[Connection]] = {}
+        self._idle: defaultdict[Origin, list[Connection]] = defaultdict(list)
         self._live: dict[Connection, Origin] = {}
         self._names: set[bytes] = set()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -125,7 +126,7 @@ class Client:
         """
         head = self._head(method, target, path, headers, body)
         headless = method == b"HEAD"
-        kept = None if fresh else self._kept(target.origin)
+        kept = None if fresh else self.ready(target.origin)
         if kept is not None:
             response = kept.send(head, body, headless=headless)
             try:
@@ -157,7 +158,12 @@ class Client:
 
     def ready(self, origin: Origin) -> Connection | None:
         """A kept connection to send on at once; None where one would have to be made."""
-        return self._kept(origin)
+        idle = self._idle.get(origin)
+        while idle:
+            connection = idle.pop()
+            if connection.open:
+                return connection
+        return None
 
     def unused(self, connection: Connection) -> None:
         """Takes back what `ready` gave."""
@@ -191,14 +197,6 @@ class Client:
             raise InvalidRequest(f"the header {name.decode()} is the client's own")
         if len(self._names) < KNOWN_NAMES:
             self._names.add(name)
-
-    def _kept(self, origin: Origin) -> Connection | None:
-        idle = self._idle.get(origin)
-        while idle:
-            connection = idle.pop()
-            if connection.open:
-                return connection
-        return None
 
     async def _connect(self, origin: Origin) -> Connection:
         if self._closed:
@@ -245,7 +243,7 @@ class Client:
         return connection
 
     def _on_idle(self, connection: Connection) -> None:
-        idle = self._idle.setdefault(self._live[connection], [])
+        idle = self._idle[self._live[connection]]
         if self._closed or len(idle) >= self.max_idle:
             connection.close()
         else:

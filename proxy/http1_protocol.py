@@ -73,7 +73,7 @@ class Connection(asyncio.Protocol):
         self._headless = headless
         self._headers = response.headers
         self._seen = self._idle_bytes = 0
-        self._whole = self._interim = self._coded = False
+        self._whole = self._interim = self._coded = self._progress = False
         self._sent_at = self.used_at = self._now()
         if len(body) <= PIECE:
             transport.write(head + body)
@@ -126,7 +126,6 @@ class Connection(asyncio.Protocol):
             self.abort(ProtocolError("bytes that nobody asked for"))
             return
         self._seen += len(data)
-        self._progress = False
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -137,17 +136,23 @@ class Connection(asyncio.Protocol):
         if self._whole:
             self._finish(response)
         elif self._progress:
+            self._progress = False
             self._idle_bytes = 0
             self.used_at = self._now()
-            if response.pausing:
-                self._pause()
-            elif response.buffered > response.limit:
-                response.over_limit()
+            if response.buffered > response.limit:
+                self._too_much(response)
             response.wake()
         else:
             self._idle_bytes += len(data)
             if self._idle_bytes > MAX_HEAD:
                 self.abort(ProtocolError(f"more than {MAX_HEAD} bytes of headers or framing", self._seen))
+
+    def _too_much(self, response: Response) -> None:
+        """More has come than its reader wants to have waiting."""
+        if response.pausing:
+            self._pause()
+        else:
+            response.over_limit()
 
     def eof_received(self) -> None:
         """The server sends no more: the end of a body that has no other end, else too early."""
@@ -269,7 +274,8 @@ class Connection(asyncio.Protocol):
         if self._reusable and not transport.get_write_buffer_size() and not transport.is_closing():
             self._served += 1
             self.used_at = self._now()
-            self.resume()
+            if self._paused:
+                self.resume()
             self._on_idle(self)
         else:
             self._reusable, self._unsent = False, None

@@ -34,12 +34,12 @@ class Response:
     """
 
     __slots__ = (
-        "_done",
-        "_error",
         "_source",
         "_waiter",
         "_whole",
         "buffered",
+        "complete",
+        "error",
         "headers",
         "limit",
         "listener",
@@ -58,8 +58,8 @@ class Response:
         self.on_error: Callable[[TransportError], Exception] | None = None
         self.listener: Callable[[], None] | None = None
         self.pieces: list[bytes] = []  # of the body, not read yet; the connection adds to them, and calls `wake`
-        self._done = False
-        self._error: TransportError | None = None
+        self.complete = False  # whether the last byte has arrived
+        self.error: TransportError | None = None  # why it has ended before it was whole
         self._source: Source | None = source
         self._waiter: asyncio.Future[None] | None = None
         self._whole = False
@@ -72,10 +72,10 @@ class Response:
             self.over_limit()
         elif self._source is not None:
             self._source.resume()
-        while not self._done and self._error is None:
+        while not self.complete and self.error is None:
             await self._wait()
-        if self._error is not None:
-            raise self._told(self._error)
+        if self.error is not None:
+            raise self._told(self.error)
         return self._take()
 
     def __aiter__(self) -> "Response":
@@ -84,9 +84,9 @@ class Response:
     async def __anext__(self) -> bytes:
         """The bytes that came since the last call, as one. What came before an error is given before it is raised."""
         while not self.pieces:
-            if self._error is not None:
-                raise self._told(self._error)
-            if self._done:
+            if self.error is not None:
+                raise self._told(self.error)
+            if self.complete:
                 raise StopAsyncIteration
             await self._wait()
         chunk = self._take()
@@ -99,11 +99,6 @@ class Response:
         if self._source is not None:
             self._source.abort(ClosedEarly("given up by the caller"))
 
-    @property
-    def complete(self) -> bool:
-        """Whether the last byte has arrived."""
-        return self._done
-
     async def __aenter__(self) -> "Response":
         return self
 
@@ -112,14 +107,13 @@ class Response:
     ) -> None:
         self.abort()
 
-    @property
-    def failed(self) -> bool:
-        """Whether it has ended before it was whole."""
-        return self._error is not None
-
     def take(self) -> bytes:
         """What has come of the body since the last time; empty where nothing has."""
-        return self._take() if self.pieces else b""
+        pieces = self.pieces
+        if len(pieces) == 1:
+            self.buffered = 0
+            return pieces.pop()
+        return self._take() if pieces else b""
 
     def resume(self) -> None:
         """What was taken leaves room for more."""
@@ -137,32 +131,30 @@ class Response:
         if self._source is not None:
             self._source.abort(error)
         else:
-            self._error = error
+            self.error = error
 
     def wake(self) -> None:
         """New pieces are there."""
-        waiter = self._waiter
         if self.listener is not None:
             self.listener()
-        elif waiter is not None and not self._whole and not waiter.done():
+        elif (waiter := self._waiter) is not None and not self._whole and not waiter.done():
             waiter.set_result(None)
 
     def finish(self, error: TransportError | None = None) -> None:
         """The answer is whole, or ended by `error`; the connection is no more this answer's."""
         self._source = None
-        self._error = error
-        self._done = error is None
-        waiter = self._waiter
+        self.error = error
+        self.complete = error is None
         if self.listener is not None:
             self.listener()
-        elif waiter is not None and not waiter.done():
+        elif (waiter := self._waiter) is not None and not waiter.done():
             waiter.set_result(None)
 
     async def head(self) -> None:
         """Returns once status and headers are there. Raises TransportError."""
         while not self.status:
-            if self._error is not None:
-                raise self._error
+            if self.error is not None:
+                raise self.error
             await self._wait()
 
     async def _wait(self) -> None:

@@ -7,9 +7,8 @@ First hit wins: URL, `x-ratchet-episode`, `traceparent`, `metadata.episode_id`, 
 import os
 import re
 import time
-from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 from proxy import table as tables
 from proxy.dialects.base import Json, Reading, Summary
@@ -19,12 +18,12 @@ from proxy.table import Table
 
 _EPISODE = re.compile(r"[A-Za-z0-9._:~-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
+_NAMING = frozenset(("metadata", "previous_response_id", "conversation"))  # what of a body may name an episode
 _PREFIXES = 16  # how many ends of earlier replies are looked up, the latest first
 _CHAINED, _AMBIGUOUS = CONTINUATIONS.labels("chained"), CONTINUATIONS.labels("ambiguous")
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """The episode, how it was found, and the key of the prefix that this call used up (None: it used none)."""
 
     episode_id: str
@@ -33,8 +32,7 @@ class Identity:
     ambiguous: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
+class Trace(NamedTuple):
     """What `traceparent` says: both None where there is none."""
 
     trace_id: str | None = None
@@ -88,6 +86,8 @@ def identify(
     url: str | None, header: str | None, trace: Trace, body: Json, reading: Reading, table: Table, tenant: str
 ) -> Identity:
     """The episode of a call. `tenant` keeps the conversations of different keys apart. Raises BadRequest."""
+    if url is header is trace.trace_id is None and _NAMING.isdisjoint(body):  # as most are
+        return chained(reading, table, tenant)
     if url is not None:
         return Identity(explicit(url, "episode_id"), "url")
     if header is not None:
@@ -97,7 +97,7 @@ def identify(
     metadata = body.get("metadata")
     if isinstance(metadata, dict) and metadata.get("episode_id") is not None:
         return Identity(explicit(metadata["episode_id"], "metadata.episode_id"), "metadata")
-    return _referred(body, table, tenant) or _chained(reading, table, tenant)
+    return _referred(body, table, tenant) or chained(reading, table, tenant)
 
 
 def _referred(body: Json, table: Table, tenant: str) -> Identity | None:
@@ -116,7 +116,7 @@ def _referred(body: Json, table: Table, tenant: str) -> Identity | None:
     return None
 
 
-def _chained(reading: Reading, table: Table, tenant: str) -> Identity:
+def chained(reading: Reading, table: Table, tenant: str) -> Identity:
     """By the longest prefix that ends in a reply and that a call has left behind. Each can be continued once; a second
     call that continues it, or one that fits several episodes, is ambiguous."""
     for key in prefixes(reading, tenant):
@@ -135,14 +135,16 @@ def prefixes(reading: Reading, tenant: str) -> list[bytes]:
     """The keys of the prefixes of a conversation that end where a reply ended, longest first."""
     digest = sha256(tenant.encode())
     keys: list[bytes] = []
-    turns = reading.turns
-    for index, turn in enumerate(turns):
-        digest.update(turn.canonical)
-        if turn.reply and (index + 1 == len(turns) or not turns[index + 1].reply):
+    ended = False  # whether what came last was a reply
+    for reply, canonical in reading.turns:
+        if ended and not reply:
             keys.append(digest.digest()[: tables.KEY])
-    if turns:
-        reading.digest = digest
-    return keys[: -_PREFIXES - 1 : -1]
+        digest.update(canonical)
+        ended = reply
+    if ended:
+        keys.append(digest.digest()[: tables.KEY])
+    reading.digest = digest
+    return keys[: -_PREFIXES - 1 : -1] if keys else keys
 
 
 def remember(
@@ -157,10 +159,10 @@ def remember(
     if reading.digest is None:
         prefixes(reading, tenant)
     for reply in summary.replies:
-        digest = reading.digest.copy()
-        for canonical in reply:
-            digest.update(canonical)
         if reply:
+            digest = reading.digest.copy()
+            for canonical in reply:
+                digest.update(canonical)
             table.add(digest.digest()[: tables.KEY], episode)
 
 

@@ -69,15 +69,10 @@ class Calls:
 
     def __init__(self, most: int | None = None) -> None:
         self.running = 0
-        self._most = MAX_CALLS if most is None else most
-
-    @property
-    def full(self) -> bool:
-        """Whether the cap is reached."""
-        return self.running >= self._most
+        self.most = MAX_CALLS if most is None else most
 
     def __enter__(self) -> None:
-        if self.running >= self._most:
+        if self.running >= self.most:
             raise Overloaded("too many calls at once; try again in a second")
         self.running += 1
 

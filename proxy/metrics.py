@@ -15,6 +15,7 @@ DURATION = Durations(
     (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92),
     REGISTRY,
 )
+_INPUT, _OUTPUT = ("input",), ("output",)
 TOKENS = Tallies("gen_ai_client_token_usage", "Tokens, as the upstream counted them", ("gen_ai_token_type",), REGISTRY)
 INJECTED = Tally("ratchet_prompts_injected", "Prompts replaced by the deployed version", REGISTRY)
 MATCHED = Tally("ratchet_prompts_matched", "Prompts recognised as a slot's", REGISTRY)
@@ -35,12 +36,12 @@ OTLP = Counter("ratchet_otlp_items", "What OTLP brought, by what became of it", 
 
 def count(operation: str, status: str, seconds: float, tokens_in: int | None, tokens_out: int | None) -> None:
     """Counts one finished call."""
-    CALLS.inc(operation, status)
+    CALLS.values[operation, status] += 1
     DURATION.observe(operation, seconds)
     if tokens_in:
-        TOKENS.inc("input", by=tokens_in)
+        TOKENS.values[_INPUT] += tokens_in
     if tokens_out:
-        TOKENS.inc("output", by=tokens_out)
+        TOKENS.values[_OUTPUT] += tokens_out
 
 
 def count_otlp(signal: str, spans: int, rewards: int, rejected: int, ignored: int) -> None:

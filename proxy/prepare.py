@@ -9,8 +9,9 @@ from collector.errors import NotFound
 from proxy import adapters, inject, members, metrics, prompt_ids, slots
 from proxy import table as tables
 from proxy.answer import judge
-from proxy.dialects.base import Json
+from proxy.dialects.base import Json, Prompt
 from proxy.identity import Identity
+from proxy.openings import Opening
 from proxy.paths import pinned
 from proxy.record import Applied, Call
 from proxy.slots import Match
@@ -26,9 +27,10 @@ class Body:
 
     stripping = False
 
-    def __init__(self, raw: bytes) -> None:
+    def __init__(self, raw: bytes, parsed: Json | None = None) -> None:
+        """`parsed`: what parsing `raw` gave, where that was done already."""
         self.raw = raw
-        self.parsed: Json | None = parse(raw) if raw else None
+        self.parsed: Json | None = parsed if parsed is not None else parse(raw) if raw else None
 
 
 def parse(raw: bytes) -> Json | None:
@@ -44,7 +46,7 @@ def aim(call: Call, body: Body, provider: str, model: str | None) -> None:
     """Notes where the call goes; the name of the model is changed where the target, or an adapter, has its own."""
     call.provider = provider
     model = call.upstream_model = call.adapter.served if call.adapter else model
-    if model is not None and body.parsed is not None:
+    if model is not None and model != call.reading.model and body.parsed is not None:
         body.raw = inject.replace(body.raw, body.parsed, ("model",), model)
 
 
@@ -105,21 +107,24 @@ class Prompts:
         for _ in wanted - found:
             metrics.FAIL_OPEN.labels("not_matched").inc()
 
-    def at_once(self, call: Call, body: Body) -> bool:
+    def at_once(self, call: Call, body: Body, opening: Opening | None) -> bool:
         """The same for a call that pins and names nothing. False where a revision would have to be awaited: then
-        nothing has changed."""
+        nothing has changed. `opening`: how the body begins, where that is known under the deployments in force."""
         now = self._versions.current
         revision = self._revision(call.identity, now)
         if revision > now.revision:
             return False
         reading = call.reading
+        if opening is not None and revision == now.revision and _alone(reading.prompts, now):
+            _open(call, body, opening)
+            return True
         if now.adapters:
             call.adapter = adapters.deal(now, reading.model, {}, call.identity.episode_id, revision)
         matches = slots.find(now, reading.prompts, reading.model)
         for match in matches:
             self._deal(call, body, match, now.slots[match.known.slot], revision)
         if reading.prompts and not matches:
-            metrics.UNMATCHED.inc()
+            metrics.UNMATCHED.value += 1
         return True
 
     def _deal(self, call: Call, body: Body, match: Match, slot: Slot, revision: int) -> None:
@@ -206,6 +211,25 @@ class Prompts:
             metrics.INJECTED.inc()
             body.raw = raw
         call.applied.append(served)
+
+
+def _alone(prompts: list[Prompt], now: Snapshot) -> bool:
+    """Whether no prompt but the first can be a slot's."""
+    exact = now.exact
+    return len(prompts) == 1 or not any(prompt.text in exact for prompt in prompts[1:])
+
+
+def _open(call: Call, body: Body, opening: Opening) -> None:
+    """Puts in place of the body's beginning what goes upstream."""
+    if not opening.applied:
+        metrics.UNMATCHED.value += 1
+        return
+    call.applied += opening.applied
+    metrics.MATCHED.value += 1
+    if opening.goes is not opening.came and body.parsed is not None:
+        metrics.INJECTED.value += 1
+        body.raw = opening.goes + body.raw[len(opening.came) :]
+        body.parsed["messages"][0] = opening.message
 
 
 def _pin(match: Match, version: str) -> Applied:

@@ -10,13 +10,13 @@ long or no 200, an SDK's retry joins, or the server ends.
 import functools
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from collector.errors import RatchetError
 from proxy import depth, prepare
 from proxy.auth import Guard
 from proxy.client import LENGTH, Client
-from proxy.dialects.base import Json, Reading
+from proxy.dialects.base import Reading
 from proxy.errors import Header
 from proxy.heads import Head, Heads
 from proxy.http1_protocol import Connection
@@ -24,19 +24,29 @@ from proxy.http1_response import HIGH_WATER, Response
 from proxy.identity import NO_TRACE, give_back
 from proxy.limits import Calls
 from proxy.options import Options
-from proxy.prepare import Body, Prompts
+from proxy.prepare import Body, Prompts, parse
 from proxy.record import Call, Recorder
 from proxy.relay import Begun, Relay, find_episode
-from proxy.reply import RawReply, passed_on
+from proxy.reply import RawReply, is_stream, passed_on
 from proxy.streaming import Streaming
 from proxy.table import Table
 from proxy.upstream import Plain, Request, Upstream, headers_for
-from proxy.versions import Snapshot, Versions
+from proxy.versions import Versions
 
 if TYPE_CHECKING:
     from proxy.server import Protocol
 
 log = logging.getLogger(__name__)
+
+
+_MODELS = 64  # whose plans are kept for each head
+
+
+class Plan(NamedTuple):
+    """Where a call goes, and its head but for the length."""
+
+    plain: Plain
+    lines: bytes
 
 
 class Quick:
@@ -68,8 +78,6 @@ class Quick:
         self._versions = versions
         self._copy_limit = copy_limit
         self._body_limit = body_limit
-        self._known: Snapshot | None = None  # the deployments in force at the last call
-        self._age = 0  # how many of them there have been
 
     def learn(self, key: bytes | None, scope: Any, headers: dict[bytes, bytes], call: Call) -> None:
         """A call goes the long way: whether the next one with such a head need not. `key`: as `heads.cut` gives it."""
@@ -78,71 +86,76 @@ class Quick:
 
     def take(self, protocol: "Protocol", head: Head, raw: bytes) -> bool:
         """Begins a call, if it is a usual one; else False, and nothing has happened."""
-        plain = connection = None
+        plan: Plan | None = None
+        connection: Connection | None = None
         try:
-            if head.seen != self._present():
-                head.allowed(self._guard, self._age)
-            if len(raw) > self._body_limit or self.calls.full or self._guard.limits(head.tenant):
+            now = self._versions.current
+            if head.seen != now.serial:
+                head.allowed(self._guard, now.serial)
+            if len(raw) > self._body_limit or self.calls.running >= self.calls.most or head.limited:
                 return False
-            body = Body(raw)
-            if body.parsed is None or "prompt_id" in body.parsed:
+            parsed = parse(raw)
+            if parsed is None or "prompt_id" in parsed:
                 return False
-            depth.check(raw, body.parsed)
-            dialect = head.dialect
-            reading = dialect.read(body.parsed)
-            plain = self._upstream.plain(dialect.service, reading.model)
-            connection = None if plain is None else self._upstream.ready(plain)
-            if plain is None or connection is None:
+            depth.check(raw, parsed)
+            reading = head.dialect.read(parsed)
+            plan = head.plans.get(reading.model) or self._plan(head, reading.model)
+            if plan is None:
                 return False
-            lines = self._lines(head, plain)
-            call = self._prepared(head, body, body.parsed, reading, plain)
+            connection = self._upstream.ready(plan.plain)
+            if connection is None:
+                return False
+            body = Body(raw, parsed)
+            call = self._prepared(head, body, reading, plan)
         except RatchetError:
             call = None
         except Exception:  # boundary: a bug of ours must end as an answer and a span, which the long way sees to
             log.exception("a call could not be taken the short way")
             call = None
-        if call is None or plain is None or connection is None:
+        if call is None or plan is None or connection is None:
             if connection is not None:
                 self._upstream.unused(connection)
             return False
-        protocol.running = QuickCall(self, protocol, head, call, raw, body, plain, connection, lines)
+        protocol.running = QuickCall(self, protocol, head, call, raw, body, plan, connection)
         return True
 
-    def _present(self) -> int:
-        """The number of the deployments in force. A head keeps it, and not them."""
-        if self._known is not self._versions.current:
-            self._known = self._versions.current
-            self._age += 1
-        return self._age
-
-    def _prepared(self, head: Head, body: Body, parsed: Json, reading: Reading, plain: Plain) -> Call | None:
+    def _prepared(self, head: Head, body: Body, reading: Reading, plan: Plan) -> Call | None:
         """The call, its body as it goes upstream. None where something would have to be awaited. Raises BadRequest."""
+        raw, table = body.raw, self._table
         call = Call(head.route, head.dialect, NO_TRACE, head.named, head.tenant)
         call.copy_limit = self._copy_limit
-        call.request_bytes = len(body.raw)
-        call.body, call.reading, call.stream = parsed, reading, reading.stream
-        find_episode(call, self._table)
+        call.request_bytes = len(raw)
+        call.body, call.reading, call.stream = body.parsed, reading, reading.stream
+        find_episode(call, table)
+        opening = head.openings.find(raw, reading.model)
         try:
-            if self._prompts.at_once(call, body):
-                prepare.aim(call, body, plain.target.provider, plain.target.model)
-                changed = prepare.with_usage(call, body.raw)
-                if changed is not None:
-                    body.raw, body.stripping = changed, True
+            if self._prompts.at_once(call, body, opening):
+                if opening is None:
+                    head.openings.learn(raw, reading.prompts, reading.model, self._versions.current)
+                target = plan.plain.target
+                prepare.aim(call, body, target.provider, target.model)
+                if reading.stream:
+                    changed = prepare.with_usage(call, body.raw)
+                    if changed is not None:
+                        body.raw, body.stripping = changed, True
                 return call
         except Exception:
-            give_back(self._table, call.identity)
+            give_back(table, call.identity)
             raise
-        give_back(self._table, call.identity)
+        give_back(table, call.identity)
         return None
 
-    def _lines(self, head: Head, plain: Plain) -> bytes:
-        """The head as it goes upstream; it says the same as long as the deployments do. Raises InvalidRequest."""
-        known: tuple[Plain, bytes] | None = head.plans.get(id(plain))
-        if known is None:
-            sent = headers_for(plain.target, head.headers, keyed=self._guard.keyed, unpacked=False)
-            lines = self._upstream.lines(plain, head.route.tail, head.query.decode("latin-1"), sent)
-            known = head.plans[id(plain)] = plain, lines
-        return known[1]
+    def _plan(self, head: Head, model: str | None) -> Plan | None:
+        """Where such calls for a model go, and the head they go with: it says the same as long as the deployments do.
+        None where that is no plain target. Raises InvalidRequest."""
+        plain = self._upstream.plain(head.dialect.service, model)
+        if plain is None:
+            return None
+        sent = headers_for(plain.target, head.headers, keyed=self._guard.keyed, unpacked=False)
+        plan = Plan(plain, self._upstream.lines(plain, head.route.tail, head.query.decode("latin-1"), sent))
+        if len(head.plans) < _MODELS:
+            head.plans[model] = plan
+        return plan
 
     def request(self, call: Call, head: Head, plain: Plain, body: bytes) -> Request:
         """What was sent, as the Relay wants it."""
@@ -153,7 +166,7 @@ class Quick:
 class QuickCall:
     """One call under way."""
 
-    __slots__ = ("_begun", "_body", "_head", "_plain", "_protocol", "_quick", "_response", "_streaming",
+    __slots__ = ("_begun", "_body", "_head", "_plan", "_protocol", "_quick", "_response", "_streaming",
                  "call", "raw")  # fmt: skip
 
     def __init__(
@@ -164,9 +177,8 @@ class QuickCall:
         call: Call,
         raw: bytes,
         body: Body,
-        plain: Plain,
+        plan: Plan,
         connection: Connection,
-        lines: bytes,
     ) -> None:
         """Sends it: `body` as it is to go upstream, `raw` is what came."""
         self.call = call
@@ -175,13 +187,12 @@ class QuickCall:
         self._protocol = protocol
         self._head = head
         self._body = body
-        self._plain = plain
+        self._plan = plan
         self._streaming: Streaming | None = None
         self._begun: Client | None = None  # the client, once a stream has begun
-        self._response: Response = connection.send(
-            b"%b\r\ncontent-length: %d\r\n\r\n" % (lines, len(body.raw)), body.raw
-        )
-        self._response.listener = self._heard
+        sent = body.raw
+        self._response = response = connection.send(b"%b\r\ncontent-length: %d\r\n\r\n" % (plan.lines, len(sent)), sent)
+        response.listener = self._heard
         quick.calls.running += 1
         quick.joining.running.add(self)
 
@@ -192,45 +203,41 @@ class QuickCall:
 
     def _heard(self) -> None:
         """The upstream has said something, or has ended."""
+        response = self._response
         try:
-            self._go_on()
+            if response.error is not None or self._protocol.flow.write_paused:
+                self.hand_over()
+            elif self._streaming is not None:
+                self._stream(self._streaming)
+            elif response.status:
+                self._head_came(response)
         except Exception as bug:  # noqa: BLE001 - boundary: a bug of ours ends as an answer and a span: the Relay's
             self.hand_over(bug)
 
-    def _go_on(self) -> None:
-        response = self._response
-        if response.failed or self._protocol.flow.write_paused:
-            self.hand_over()
-        elif self._streaming is not None:
-            self._stream(self._streaming)
-        elif response.status:
-            self._head_came()
-
-    def _head_came(self) -> None:
+    def _head_came(self, response: Response) -> None:
         """The head of the answer is there, and maybe all of it."""
-        response = self._response
         headers = passed_on(response.headers)
         given = dict(headers)
         long = response.buffered > HIGH_WATER or response.buffered > self.call.copy_limit
-        if response.status != 200 or b"content-encoding" in given or long:
+        if response.status != 200 or long or b"content-encoding" in given:
             self.hand_over()
-        elif given.get(b"content-type", b"").strip().lower().startswith(b"text/event-stream"):
+        elif is_stream(given.get(b"content-type", b"")):
             if LENGTH in given:
                 self.hand_over()
             else:
                 self._begin_stream(given)
         elif response.complete:
-            self._whole(headers, given)
+            self._whole(headers, given, response.take())
 
-    def _whole(self, headers: list[Header], given: dict[bytes, bytes]) -> None:
-        call, body = self.call, self._response.take()
+    def _whole(self, headers: list[Header], given: dict[bytes, bytes], body: bytes) -> None:
+        call, protocol = self.call, self._protocol
         call.first_byte()
         prepare.read_answer(call, body, 200)
         call.http_status, call.response_bytes = 200, len(body)
         self._quick.recorder.write(call)
         if LENGTH not in given:
             headers.append((LENGTH, b"%d" % len(body)))
-        self._protocol.transport.write(self._protocol.head(headers + call.headers(), given) + body)
+        protocol.transport.write(protocol.head(headers, call.lines(), given) + body)
         self._end()
 
     def _begin_stream(self, given: dict[bytes, bytes]) -> None:
@@ -240,8 +247,8 @@ class QuickCall:
         client.started = call.stream = True
         call.http_status = 200
         streaming = Streaming(client, call, answer, self._body.stripping)
-        headers = [*streaming.headers, *call.headers(), (b"transfer-encoding", b"chunked")]
-        self._stream(streaming, self._protocol.head(headers, given), client)
+        lines = call.lines() + b"\r\ntransfer-encoding: chunked"
+        self._stream(streaming, self._protocol.head(streaming.headers, lines, given), client)
 
     def _stream(self, streaming: Streaming, head: bytes = b"", client: Client | None = None) -> None:
         """Some of a stream; with `client` its beginning, behind its head."""
@@ -284,7 +291,7 @@ class QuickCall:
         client = self._begun if self._begun is not None else Client(None, call, quick.recorder)
         client.send = cycle.send
         client.running = quick.joining.add(call, self.raw, client, awaited=self._head.awaited)
-        request = quick.request(call, self._head, self._plain, self._body.raw)
+        request = quick.request(call, self._head, self._plan.plain, self._body.raw)
         request.under_way, request.stripping = self._response, self._body.stripping
         request.ago = (time.perf_counter_ns() - call.began) / 1e9
         begun = Begun(client, call, request, self._response, self._streaming, bug)

@@ -113,6 +113,12 @@ class Call:
         """Every version that this call was served."""
         return [*self.applied, self.adapter] if self.adapter else self.applied
 
+    def lines(self) -> bytes:
+        """The same as lines of a head."""
+        labels = ",".join([one.label for one in self.served])
+        episode = f"x-ratchet-episode: {self.identity.episode_id}\r\nx-ratchet-span: {self.span_id}"
+        return f"{episode}\r\nx-ratchet-versions: {labels}".encode()
+
     def headers(self) -> list[Header]:
         """What every recorded call answers."""
         return [
@@ -177,7 +183,7 @@ def exchange(call: Call, seconds: float) -> Json:
     """The record of a finished call: the fields of an `Exchange`, without most of those that are not known. It is no
     Exchange, because to make and dump one takes ten times as long as a dict."""
     body, summary, identity = call.body or {}, call.summary, call.identity
-    line = {
+    line: Json = {
         "span_id": call.span_id,
         "trace_id": call.trace.trace_id or trace_of(identity.episode_id),
         "episode_id": identity.episode_id,
@@ -202,18 +208,38 @@ def exchange(call: Call, seconds: float) -> Json:
         "request_bytes": call.request_bytes,
         "response_bytes": call.response_bytes,
     }
+    if call.cost_usd is not None:
+        line["cost_usd"] = call.cost_usd
+    if summary.cached_tokens is not None:
+        line["cached_tokens"] = summary.cached_tokens
     if call.trace.parent_id is not None:
         line["parent_span_id"] = call.trace.parent_id
     if call.error_type is not None:
         line["error_type"] = call.error_type
-    if summary.cached_tokens is not None:
-        line["cached_tokens"] = summary.cached_tokens
-    if call.cost_usd is not None:
-        line["cost_usd"] = call.cost_usd
-    _add_versions(line, call)
-    _add_parameters(line, body)
+    if call.applied or call.adapter is not None:
+        _add_versions(line, call)
+    for name in filter(body.__contains__, _PARAMETERS):
+        column, read = _PARAMETERS[name]
+        line.setdefault(column, read(body[name]))
     _add_payloads(line, call, body)
     return line
+
+
+def _add_payloads(line: Json, call: Call, body: Json) -> None:
+    summary, messages = call.summary, call.dialect.messages(body)
+    if messages:
+        line["input_messages"] = _payload(messages)
+    if summary.output_messages is not None:
+        line["output_messages"] = _payload(summary.output_messages)
+    if body.get("tools") is not None:
+        line["tools"] = _payload(body["tools"])
+    if summary.token_ids is not None:
+        line["token_ids"] = _payload(summary.token_ids)
+    if summary.logprobs is not None:
+        line["logprobs"] = _payload(summary.logprobs)
+    attributes = _attributes(call, body)
+    if attributes:
+        line["attributes"] = _payload(attributes)
 
 
 def _add_versions(line: Json, call: Call) -> None:
@@ -226,38 +252,16 @@ def _add_versions(line: Json, call: Call) -> None:
         line["propensity"] = line.get("propensity", 1.0) * call.adapter.propensity
 
 
-def _add_parameters(line: Json, body: Json) -> None:
-    for name in filter(body.__contains__, _PARAMETERS):
-        column, read = _PARAMETERS[name]
-        line.setdefault(column, read(body[name]))
-
-
-def _add_payloads(line: Json, call: Call, body: Json) -> None:
-    summary = call.summary
-    payloads = (
-        ("input_messages", call.dialect.messages(body) or None),
-        ("output_messages", summary.output_messages),
-        ("tools", body.get("tools")),
-        ("token_ids", summary.token_ids),
-        ("logprobs", summary.logprobs),
-        ("attributes", _attributes(call, body) or None),
-    )
-    for column, value in payloads:
-        if value is not None:
-            line[column] = _payload(value)
-
-
 def _attributes(call: Call, body: Json) -> Json:
     """What is worth keeping and has no column."""
     kept: Json = {}
-    if body.get("metadata"):
-        kept["metadata"] = body["metadata"]
-    if body.get("user"):
-        kept["user"] = body["user"]
-    if call.applied and call.applied[0].values:
-        kept["variables"] = call.applied[0].values
-    if len(call.applied) > 1:
-        kept["prompts"] = [{"slot": one.label, "variables": one.values} for one in call.applied[1:]]
+    if _KEPT & body.keys():
+        kept = {name: body[name] for name in ("metadata", "user") if body.get(name)}
+    if call.applied:
+        if call.applied[0].values:
+            kept["variables"] = call.applied[0].values
+        if len(call.applied) > 1:
+            kept["prompts"] = [{"slot": one.label, "variables": one.values} for one in call.applied[1:]]
     if call.identity.ambiguous:
         kept["ambiguous"] = True
     if call.tenant:
@@ -273,9 +277,12 @@ def _attributes(call: Call, body: Json) -> Json:
 
 def _payload(value: Any) -> str:
     """As JSON text. Long runs of base64 (images, audio) become their hash; what is still too long is left out."""
-    text = orjson.dumps(value).decode()
-    if len(text) > _ELIDE_ABOVE:
-        text = _BASE64.sub(lambda found: "sha256:" + sha256(found.group().encode()).hexdigest(), text)
+    raw = orjson.dumps(value)
+    return raw.decode() if len(raw) <= _ELIDE_ABOVE else _elided(raw.decode(), value)
+
+
+def _elided(text: str, value: Any) -> str:
+    text = _BASE64.sub(lambda found: "sha256:" + sha256(found.group().encode()).hexdigest(), text)
     if len(text) > MAX_PAYLOAD:
         left_out = {"elided": True, "bytes": len(text), "sha256": sha256(text.encode()).hexdigest()}
         text = orjson.dumps([left_out] if isinstance(value, list) else left_out).decode()
@@ -295,3 +302,4 @@ _PARAMETERS: dict[str, tuple[str, Callable[[Any], float | int | None]]] = {
     "max_tokens": ("max_tokens", integer),
     "seed": ("seed", integer),
 }
+_KEPT = frozenset(("metadata", "user"))

@@ -3,6 +3,7 @@
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable
+from functools import lru_cache
 
 from collector.errors import RatchetError
 from proxy.errors import Header, UpstreamError, UpstreamTimeout
@@ -38,6 +39,12 @@ def passed_on(headers: Iterable[Header]) -> list[Header]:
     return [(name, value) for raw, value in headers if (name := _NAMES[raw]) is not None]
 
 
+@lru_cache(256)
+def is_stream(kind: bytes) -> bool:
+    """Whether a content type is that of server-sent events."""
+    return kind.strip().lower().startswith(b"text/event-stream")
+
+
 class Reply(ABC):
     """Status, headers in lower case without this hop's and without such as only we may set, and the body to be read.
     `length`: of the body, where it was told. Reading raises UpstreamError or UpstreamTimeout."""
@@ -51,7 +58,7 @@ class Reply(ABC):
         given = dict(self.headers)
         length = given.get(b"content-length", b"")
         self.length = int(length) if length.isdigit() else None
-        self.stream = given.get(b"content-type", b"").strip().lower().startswith(b"text/event-stream")
+        self.stream = is_stream(given.get(b"content-type", b""))
         encoding = given.get(b"content-encoding")
         self.encoding = (encoding.strip().lower().decode("latin-1") if encoding else "") or "identity"
 

@@ -228,9 +228,10 @@ class Protocol(HttpToolsProtocol):
             self._feed(data)
             self._reading.since, self._reading.got = since, len(data)
 
-    def head(self, headers: list[Header], given: Mapping[bytes, bytes]) -> bytes:
-        """The head of a running call's answer, a 200. `given`: those that the upstream gave."""
-        lines = [_OK, *map(b": ".join, headers)]
+    def head(self, headers: list[Header], more: bytes, given: Mapping[bytes, bytes]) -> bytes:
+        """The head of a running call's answer, a 200; `more` are lines behind `headers`. `given`: those that the
+        upstream gave."""
+        lines = [_OK, *map(b": ".join, headers), more]
         if b"date" not in given:
             lines += map(b": ".join, self.server_state.default_headers)
         return b"\r\n".join(lines) + b"\r\n\r\n"

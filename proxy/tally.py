@@ -2,6 +2,7 @@
 and several calls for each increment.)"""
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
@@ -27,10 +28,10 @@ class Tally(Collector):
 
 
 class Tallies(Collector):
-    """A counter with labels. Add to `values[labels]`."""
+    """A counter with labels. Add to `values[labels]`, which begins at 0."""
 
     def __init__(self, name: str, about: str, labels: Sequence[str], registry: CollectorRegistry) -> None:
-        self.values: dict[tuple[str, ...], int] = {}
+        self.values: defaultdict[tuple[str, ...], int] = defaultdict(int)
         self._name = name
         self._about = about
         self._labels = labels
@@ -38,7 +39,7 @@ class Tallies(Collector):
 
     def inc(self, *labels: str, by: int = 1) -> None:
         """`by` more of these labels."""
-        self.values[labels] = self.values.get(labels, 0) + by
+        self.values[labels] += by
 
     def collect(self) -> Iterable[Metric]:
         """For the registry."""
@@ -56,15 +57,12 @@ class Durations(Collector):
         self._about = about
         self._label = label
         self._bounds = bounds
-        self._counts: dict[str, list[int]] = {}
-        self._sums: dict[str, float] = {}
+        self._counts: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(bounds) + 1))
+        self._sums: defaultdict[str, float] = defaultdict(float)
         registry.register(self)
 
     def observe(self, label: str, seconds: float) -> None:
         """One more that took so long."""
-        if label not in self._counts:
-            self._counts[label] = [0] * (len(self._bounds) + 1)
-            self._sums[label] = 0.0
         self._counts[label][bisect_left(self._bounds, seconds)] += 1
         self._sums[label] += seconds
 

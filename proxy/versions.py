@@ -1,6 +1,7 @@
 """The deployments as this worker knows them: an immutable snapshot in memory, swapped whole when a revision arrives."""
 
 import asyncio
+import itertools
 import logging
 import os
 import tempfile
@@ -96,6 +97,7 @@ class Snapshot:
     keys: tuple[Grant, ...] = ()
     keyed: bool = False  # whether a key was ever made: then they are asked for
     adapters: dict[str, Slot] = field(default_factory=dict)
+    serial: int = field(default_factory=itertools.count(1).__next__, compare=False)  # no two snapshots share one
 
     def assign(self, episode_id: str, revision: int) -> dict[str, Choice]:
         """The choice of each slot that has arms at `revision`."""

@@ -4,7 +4,7 @@ A dialect never touches bytes on their way; it only reads copies. Bodies are pla
 them, of any shape: a reader takes what has the expected type and ignores the rest.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -26,8 +26,8 @@ class Prompt(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One message in a form that survives a round trip through a client: `reply` tells the model's from the agent's;
-    `canonical` is a JSON list, so that a row of them reads in one way only."""
+    """A message, or some in a row of one side, in a form that survives a round trip through a client: `reply` tells the
+    model's from the agent's; `canonical` is a JSON list, so that a row of them reads in one way only."""
 
     reply: bool
     canonical: bytes
@@ -45,9 +45,9 @@ class Reading:
     digest: Any = None
 
 
-@dataclass(slots=True)
+@dataclass(init=False)
 class Summary:
-    """What an answer says about itself. None: it didn't say."""
+    """What an answer says about itself. None: it didn't say. The defaults are the class's: most answers say little."""
 
     response_id: str | None = None
     response_model: str | None = None
@@ -59,7 +59,11 @@ class Summary:
     token_ids: Json | None = None
     logprobs: Any = None
     error_type: str | None = None  # an error told inside a stream or a 200
-    replies: list[list[bytes]] = field(default_factory=list)  # per choice, the canonical turns of the reply
+    replies: Sequence[list[bytes]] = ()  # per choice, the canonical turns of the reply
+
+    def __init__(self, **told: Any) -> None:
+        if told:
+            self.__dict__.update(told)
 
 
 class StreamParser(Protocol):
@@ -137,15 +141,18 @@ def canonical_json(value: Any) -> str:
 
 
 def turn(role: str, text: str, calls: Iterable[tuple[Any, Any, Any]] = (), answers: Any = None) -> Turn:
-    """A turn; `calls` are (id, name, arguments) and `answers` is the id of the call that a tool's result answers.
+    """The turn of one message; see `told`."""
+    return Turn(role == "assistant", orjson.dumps(told(role, text, calls, answers)))
+
+
+def told(role: str, text: str, calls: Iterable[tuple[Any, Any, Any]] = (), answers: Any = None) -> tuple[Any, ...]:
+    """A message as it is compared; `calls` are (id, name, arguments) and `answers` is the id of the call that a tool's
+    result answers.
 
     What clients drop or normalise on the way back (nulls, annotations, white space around a reply) isn't part of it.
     """
-    reply = role == "assistant"
-    if not calls:
-        return Turn(reply, orjson.dumps((role, text.strip() if reply else text, (), answers)))
-    listed = [[ident, name, canonical_json(arguments)] for ident, name, arguments in calls]
-    return Turn(reply, orjson.dumps([role, text.strip() if reply else text, listed, answers]))
+    listed = [(ident, name, canonical_json(arguments)) for ident, name, arguments in calls]
+    return role, text.strip() if role == "assistant" else text, listed, answers
 
 
 def prompt_at(role: str, content: Any, path: Path) -> list[Prompt]:

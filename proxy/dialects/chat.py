@@ -19,13 +19,14 @@ from proxy.dialects.base import (
     prompt_at,
     string,
     text_of,
-    turn,
+    told,
 )
 from proxy.sse import Event
 
 # What is told alike by each chunk, or told only where it isn't null.
 _PLAIN = {"id", "object", "created", "model", "system_fingerprint", "service_tier", "obfuscation", "choices", "usage"}
 _PLAIN_CHOICE = {"index", "delta", "finish_reason", "logprobs"}
+_DICTS = {dict}
 _CALLING = frozenset(("tool_calls", "function_call", "tool_call_id"))
 _TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
 
@@ -42,21 +43,35 @@ class Chat:
         """Prompts are every system and developer message, and the first user message."""
         prompts: list[Prompt] = []
         turns: list[Turn] = []
+        row: list[Any] = []  # the messages of one side since the other's last
+        user = replying = False
         messages = body.get("messages")
-        user = False
-        for index, message in enumerate(messages if isinstance(messages, list) else ()):
-            if not isinstance(message, dict):
+        for index, message in enumerate(messages if type(messages) is list else ()):
+            if type(message) is not dict:
                 continue
-            role = message.get("role")
-            if role in ("system", "developer") or (role == "user" and not user):
-                user = user or role == "user"
-                prompts += prompt_at(role, message.get("content"), ("messages", index, "content"))
-            turns.append(_turn(message))
+            role, content = message.get("role"), message.get("content")
+            if role == "user":
+                if not user:
+                    user = True
+                    prompts += prompt_at(role, content, ("messages", index, "content"))
+            elif role == "system" or role == "developer":
+                prompts += prompt_at(role, content, ("messages", index, "content"))
+            if (role == "assistant") is not replying:
+                if row:
+                    turns.append(Turn(replying, orjson.dumps(row)))
+                    row = []
+                replying = not replying
+            # As most are: a text.
+            plain = type(content) is str and type(role) is str and (len(message) == 2 or _CALLING.isdisjoint(message))
+            row.append((role, content, (), None) if plain and not replying else _told(message))
+        if row:
+            turns.append(Turn(replying, orjson.dumps(row)))
         return Reading(string(body.get("model")), body.get("stream") is True, prompts, turns)
 
     def messages(self, body: Json) -> list[Json]:
         """As they are."""
-        return dicts(body.get("messages"))
+        messages = body.get("messages")
+        return messages if type(messages) is list and set(map(type, messages)) == _DICTS else dicts(messages)
 
     def ends(self, event: Event) -> bool:
         """`[DONE]` is the last event."""
@@ -70,18 +85,17 @@ class Chat:
         """All choices, in order."""
         summary = head(reply)
         choices = dicts(reply.get("choices"))
-        summary.output_messages = []
-        completion_ids: list[Any] = []
-        logprobs: list[Any] = []
+        messages, replies, ids, logprobs = [], [], [], []
         for choice in choices:
             message = choice.get("message")
-            message = message if isinstance(message, dict) else {}
-            kept = {name: value for name, value in message.items() if value is not None}
-            summary.output_messages.append({**kept, "finish_reason": choice.get("finish_reason")})
-            summary.replies.append([_turn({"role": "assistant", **kept}).canonical])
-            completion_ids.append(choice.get("token_ids"))
+            kept = {} if type(message) is not dict else {name: one for name, one in message.items() if one is not None}
+            replies.append([orjson.dumps([_told({"role": "assistant", **kept})])])
+            kept["finish_reason"] = choice.get("finish_reason")
+            messages.append(kept)
+            ids.append(choice.get("token_ids"))
             logprobs.append(choice.get("logprobs"))
-        finish(summary, choices, reply.get("prompt_token_ids"), completion_ids, logprobs)
+        summary.output_messages, summary.replies = messages, replies
+        finish(summary, choices, reply.get("prompt_token_ids"), ids, logprobs)
         return summary
 
 
@@ -179,16 +193,18 @@ def head(reply: Json) -> Summary:
 
 def merge_head(summary: Summary, chunk: Json) -> None:
     """What a later chunk says counts; what it leaves out stays."""
-    summary.response_id = string(chunk.get("id")) or summary.response_id
-    summary.response_model = string(chunk.get("model")) or summary.response_model
+    ident, model, usage = chunk.get("id"), chunk.get("model"), chunk.get("usage")
+    if ident and type(ident) is str:
+        summary.response_id = ident
+    if model and type(model) is str:
+        summary.response_model = model
     if "error" in chunk:
         summary.error_type = error_of(chunk) or summary.error_type
-    usage = chunk.get("usage")
-    if isinstance(usage, dict):
+    if type(usage) is dict:
         details = usage.get("prompt_tokens_details")
         summary.input_tokens = integer(usage.get("prompt_tokens"))
         summary.output_tokens = integer(usage.get("completion_tokens"))
-        summary.cached_tokens = integer(details.get("cached_tokens")) if isinstance(details, dict) else None
+        summary.cached_tokens = integer(details.get("cached_tokens")) if type(details) is dict else None
 
 
 def finish(
@@ -203,11 +219,11 @@ def finish(
         summary.logprobs = logprobs
 
 
-def _turn(message: Json) -> Turn:
+def _told(message: Json) -> tuple[Any, ...]:
+    """A message as it is compared with what a client sends back."""
     role, content = message.get("role"), message.get("content")
-    if type(role) is str and type(content) is str and _CALLING.isdisjoint(message):  # as most are
-        reply = role == "assistant"
-        return Turn(reply, orjson.dumps((role, content.strip() if reply else content, (), None)))
+    if type(role) is str and type(content) is str and _CALLING.isdisjoint(message):
+        return role, content.strip() if role == "assistant" else content, (), None
     role = string(role) or ""
     calls = [
         (call.get("id"), function.get("name"), function.get("arguments") or "")
@@ -217,7 +233,7 @@ def _turn(message: Json) -> Turn:
     legacy = message.get("function_call")
     if isinstance(legacy, dict):
         calls.append((None, legacy.get("name"), legacy.get("arguments") or ""))
-    return turn(role, text_of(content), calls, message.get("tool_call_id"))
+    return told(role, text_of(content), calls, message.get("tool_call_id"))
 
 
 def _merge_choice(held: Json, choice: Json) -> None:

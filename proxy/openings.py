@@ -1,0 +1,106 @@
+"""Beginnings of bodies that were seen before: an agent sends the same first message, its prompt, with every call.
+
+Whether that is a slot's prompt, which version of it is in force and what goes upstream in its place is found out by
+the functions that any call goes through, and kept under the bytes from the body's first to the end of that message.
+A body with the same beginning has the same first message, whatever follows, unless a later member repeats the name
+`messages`: such a body is left to the usual way.
+"""
+
+from typing import Any, NamedTuple
+
+import orjson
+
+from proxy import inject, slots
+from proxy.dialects.base import Json, Prompt
+from proxy.record import Applied
+from proxy.versions import Snapshot
+
+MOST = 4  # beginnings that are kept for each head
+_AGAIN = b'"messages"'
+
+
+class Opening(NamedTuple):
+    """The bytes that came, those that go upstream in their place, what they are served, and the first message after
+    that. `model`: of the body, since slots may be for one model only."""
+
+    came: bytes
+    goes: bytes
+    model: str | None
+    applied: tuple[Applied, ...]
+    message: Json
+
+    def fits(self, raw: bytes, model: str | None) -> bool:
+        """Whether a body for `model` begins like this, and says it only once."""
+        return raw.startswith(self.came) and self.model == model and raw.find(_AGAIN, len(self.came)) < 0
+
+
+class Openings:
+    """Those of one client, under one state of deployments."""
+
+    __slots__ = ("_last", "known")
+
+    def __init__(self) -> None:
+        self.known: list[Opening] = []
+        self._last: str | None = None  # the first message of the call before
+
+    def find(self, raw: bytes, model: str | None) -> Opening | None:
+        """The opening of a body, if it is known."""
+        for opening in self.known:
+            if opening.fits(raw, model):
+                return opening
+        return None
+
+    def learn(self, raw: bytes, prompts: list[Prompt], model: str | None, now: Snapshot) -> None:
+        """A body went the usual way: whether the next one like it need not. `prompts`: as they came."""
+        first = prompts[0] if prompts else None
+        if first is None or first.path != ("messages", 0, "content"):
+            return
+        if self._last != first.text:  # most that differ once will differ again
+            self._last = first.text
+            return
+        opening = opened(raw, first, model, now)
+        if opening is not None:
+            self.known = [opening, *self.known[: MOST - 1]]
+
+
+def opened(raw: bytes, first: Prompt, model: str | None, now: Snapshot) -> Opening | None:
+    """What is to be done with bodies that begin with this one's first message, `first`, while `now` is in force; None
+    where that depends on more than these bytes: an episode's share of the traffic, variables, an adapter."""
+    if now.templates or now.adapters:
+        return None
+    came = _until(raw, first.text)
+    begun = _parsed(came)
+    if came is None or begun is None:
+        return None
+    goes, applied = came, []
+    for match in slots.find(now, [first], model):
+        slot = now.slots[match.known.slot]
+        choice = slot.choose("", now.revision)
+        if choice is None or choice.propensity != 1.0 or match.values:
+            return None
+        text = slots.render(match, slot.texts[choice.version])
+        if text is None:
+            return None
+        goes = inject.replace(came + b"]}", begun, first.path, text)[:-2]
+        applied.append(Applied(slot.name, choice.version, None, 1.0, {}))
+    # Whatever may follow follows an element of the list `messages` now as before.
+    whole = _parsed(goes)
+    return Opening(came, goes, model, tuple(applied), whole["messages"][0]) if whole == begun and whole else None
+
+
+def _until(raw: bytes, text: str) -> bytes | None:
+    """The bytes up to the end of the first message, whose content is `text`, as orjson and most clients write it."""
+    spelled = orjson.dumps(text)
+    at = raw.find(spelled)
+    end = raw.find(b"}", at + len(spelled)) + 1
+    return raw[:end] if at >= 0 and end > 0 else None
+
+
+def _parsed(beginning: bytes | None) -> dict[str, Any] | None:
+    """A body of nothing but its beginning; None where that does not end with its first message."""
+    try:
+        body = None if beginning is None else orjson.loads(beginning + b"]}")
+    except orjson.JSONDecodeError:
+        return None
+    sound = isinstance(body, dict) and isinstance(body.get("messages"), list) and len(body["messages"]) == 1
+    return body if sound else None
