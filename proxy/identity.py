@@ -7,6 +7,7 @@ First hit wins: URL, `x-ratchet-episode`, `traceparent`, `metadata.episode_id`, 
 import os
 import re
 import time
+from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -57,9 +58,20 @@ def trace_of(episode_id: str) -> str:
     return sha256(b"trace:" + episode_id.encode()).hexdigest()[:32]
 
 
+def _random() -> Iterator[str]:
+    """16 hex digits at a time, from the system's source, which is asked for many at once."""
+    while True:
+        block = os.urandom(2048).hex()
+        for at in range(0, len(block), 16):
+            yield block[at : at + 16]
+
+
+fresh = _random().__next__
+
+
 def new_episode() -> str:
     """Sorts by time: 12 hex digits of milliseconds, then 16 at random."""
-    return f"ep-{time.time_ns() // 1_000_000:012x}{os.urandom(8).hex()}"
+    return f"ep-{time.time_ns() // 1_000_000:012x}{fresh()}"
 
 
 def explicit(value: Any, where: str) -> str:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import orjson
 
 from proxy import inject, slots
-from proxy.dialects.base import Json, Prompt
+from proxy.dialects.base import Dialect, Json, Prompt, Reading
+from proxy.dialects.chat import Begun
 from proxy.record import Applied
 from proxy.versions import Snapshot
 
@@ -28,6 +29,7 @@ class Opening(NamedTuple):
     model: str | None
     applied: tuple[Applied, ...]
     message: Json
+    begun: Begun | None = None  # that message, as it came, read
 
     def fits(self, raw: bytes, model: str | None) -> bool:
         """Whether a body for `model` begins like this, and says it only once."""
@@ -50,16 +52,18 @@ class Openings:
                 return opening
         return None
 
-    def learn(self, raw: bytes, prompts: list[Prompt], model: str | None, now: Snapshot) -> None:
-        """A body went the usual way: whether the next one like it need not. `prompts`: as they came."""
-        first = prompts[0] if prompts else None
+    def learn(self, raw: bytes, reading: Reading, dialect: Dialect, now: Snapshot) -> None:
+        """A body went the usual way: whether the next one like it need not. `reading`: of the body as it came."""
+        first = reading.prompts[0] if reading.prompts else None
         if first is None or first.path != ("messages", 0, "content"):
             return
         if self._last != first.text:  # most that differ once will differ again
             self._last = first.text
             return
-        opening = opened(raw, first, model, now)
+        opening = opened(raw, first, reading.model, now)
         if opening is not None:
+            if dialect.operation != "chat":
+                opening = opening._replace(begun=None)
             self.known = [opening, *self.known[: MOST - 1]]
 
 
@@ -84,8 +88,10 @@ def opened(raw: bytes, first: Prompt, model: str | None, now: Snapshot) -> Openi
         goes = inject.replace(came + b"]}", begun, first.path, text)[:-2]
         applied.append(Applied(slot.name, choice.version, None, 1.0, {}))
     # Whatever may follow follows an element of the list `messages` now as before.
-    whole = _parsed(goes)
-    return Opening(came, goes, model, tuple(applied), whole["messages"][0]) if whole == begun and whole else None
+    whole, sent = _parsed(goes), _parsed(came)
+    if whole is None or sent is None or whole != begun:
+        return None
+    return Opening(came, goes, model, tuple(applied), whole["messages"][0], Begun.of(sent["messages"][0]))
 
 
 def _until(raw: bytes, text: str) -> bytes | None:

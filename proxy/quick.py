@@ -23,6 +23,7 @@ from proxy.http1_protocol import Connection
 from proxy.http1_response import HIGH_WATER, Response
 from proxy.identity import NO_TRACE, give_back
 from proxy.limits import Calls
+from proxy.openings import Opening
 from proxy.options import Options
 from proxy.prepare import Body, Prompts, parse
 from proxy.record import Call, Recorder
@@ -98,7 +99,10 @@ class Quick:
             if parsed is None or "prompt_id" in parsed:
                 return False
             depth.check(raw, parsed)
-            reading = head.dialect.read(parsed)
+            model = parsed.get("model")
+            opening = head.openings.find(raw, model)
+            begun = None if opening is None else opening.begun
+            reading = (begun and begun.read(parsed, model)) or head.dialect.read(parsed)
             plan = head.plans.get(reading.model) or self._plan(head, reading.model)
             if plan is None:
                 return False
@@ -106,7 +110,7 @@ class Quick:
             if connection is None:
                 return False
             body = Body(raw, parsed)
-            call = self._prepared(head, body, reading, plan)
+            call = self._prepared(head, body, reading, plan, opening)
         except RatchetError:
             call = None
         except Exception:  # boundary: a bug of ours must end as an answer and a span, which the long way sees to
@@ -119,7 +123,7 @@ class Quick:
         protocol.running = QuickCall(self, protocol, head, call, raw, body, plan, connection)
         return True
 
-    def _prepared(self, head: Head, body: Body, reading: Reading, plan: Plan) -> Call | None:
+    def _prepared(self, head: Head, body: Body, reading: Reading, plan: Plan, opening: Opening | None) -> Call | None:
         """The call, its body as it goes upstream. None where something would have to be awaited. Raises BadRequest."""
         raw, table = body.raw, self._table
         call = Call(head.route, head.dialect, NO_TRACE, head.named, head.tenant)
@@ -127,11 +131,10 @@ class Quick:
         call.request_bytes = len(raw)
         call.body, call.reading, call.stream = body.parsed, reading, reading.stream
         find_episode(call, table)
-        opening = head.openings.find(raw, reading.model)
         try:
             if self._prompts.at_once(call, body, opening):
                 if opening is None:
-                    head.openings.learn(raw, reading.prompts, reading.model, self._versions.current)
+                    head.openings.learn(raw, reading, head.dialect, self._versions.current)
                 target = plan.plain.target
                 prepare.aim(call, body, target.provider, target.model)
                 if reading.stream:

@@ -1,7 +1,6 @@
 """From a call to its journal line: written once, before the last byte of the answer."""
 
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from collector.privacy import Policy
 from proxy import metrics
 from proxy.dialects.base import Dialect, Json, Reading, Summary, integer
 from proxy.errors import Header
-from proxy.identity import Identity, Trace, give_back, provisional, remember, trace_of
+from proxy.identity import Identity, Trace, fresh, give_back, provisional, remember, trace_of
 from proxy.paths import Route
 from proxy.table import Table
 
@@ -89,7 +88,7 @@ class Call:
         self.trace = trace
         self.named = named
         self.tenant = tenant
-        self.span_id = os.urandom(8).hex()
+        self.span_id = fresh()
         self.start_ns = time.time_ns()
         self.began = time.perf_counter_ns()
         self.applied: list[Applied] = []
@@ -151,11 +150,12 @@ class Recorder:
             return
         call.written = True
         seconds = (time.perf_counter_ns() - call.began) / 1e9
-        metrics.count(
-            call.dialect.operation, call.status, seconds, call.summary.input_tokens, call.summary.output_tokens
-        )
-        if call.cost_usd is None:
-            call.cost_usd = self._cost(call)
+        told = call.summary
+        tokens_in, tokens_out = told.input_tokens, told.output_tokens
+        metrics.count(call.dialect.operation, call.status, seconds, tokens_in, tokens_out)
+        if call.cost_usd is None and call.provider is not None and (tokens_in is not None or tokens_out is not None):
+            models = (call.upstream_model, told.response_model, call.reading.model)
+            call.cost_usd = self._prices.cost(call.provider, models, tokens_in, tokens_out, told.cached_tokens)
         try:
             line = exchange(call, seconds)
             if self._policy is None:
@@ -171,12 +171,6 @@ class Recorder:
         except Exception:
             metrics.UNRECORDED.inc()
             log.exception("the call %s could not be recorded", call.span_id)
-
-    def _cost(self, call: Call) -> float | None:
-        """From the tokens that the answer tells, by the price of its model."""
-        told = call.summary
-        models = (call.upstream_model, told.response_model, call.reading.model)
-        return self._prices.cost(call.provider, models, told.input_tokens, told.output_tokens, told.cached_tokens)
 
 
 def exchange(call: Call, seconds: float) -> Json:
@@ -244,9 +238,8 @@ def _add_payloads(line: Json, call: Call, body: Json) -> None:
 
 def _add_versions(line: Json, call: Call) -> None:
     if call.applied:
-        first = call.applied[0]
-        line["prompt_slot"], line["propensity"] = first.slot, first.propensity
-        line["prompt_version"], line["prompt_candidate"] = first.version, first.candidate
+        slot, line["prompt_version"], line["prompt_candidate"], line["propensity"], _, _ = call.applied[0]
+        line["prompt_slot"] = slot
     if call.adapter is not None:  # slots are dealt independently
         line["adapter_slot"], line["adapter_version"] = call.adapter.slot, call.adapter.version
         line["propensity"] = line.get("propensity", 1.0) * call.adapter.propensity
@@ -255,7 +248,7 @@ def _add_versions(line: Json, call: Call) -> None:
 def _attributes(call: Call, body: Json) -> Json:
     """What is worth keeping and has no column."""
     kept: Json = {}
-    if _KEPT & body.keys():
+    if not _KEPT.isdisjoint(body):
         kept = {name: body[name] for name in ("metadata", "user") if body.get(name)}
     if call.applied:
         if call.applied[0].values:

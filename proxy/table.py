@@ -1,10 +1,10 @@
 """A small hash table in a mapped file, shared by all workers and by the next ones after a `kill -9`.
 
-Fixed size, sixteen entries a bucket; a full bucket gives up its oldest entry, so the table holds about the last
-`slots` things and never grows. Writers hold a lock on the file (the kernel drops it when its holder dies); readers take
-none: an entry carries a checksum, and a torn one reads as absent.
+Fixed size, sixteen entries a bucket; a full bucket gives up the entry that was used longest ago, so the table holds
+about the last `slots` things and never grows. Writers hold a lock on the file (the kernel drops it when its holder
+dies); readers take none: an entry carries a checksum, and a torn one reads as absent.
 
-    bucket   16 keys of 16 bytes | 16 times of last use (u64 ns) | 16 entries
+    bucket   16 keys of 16 bytes | the numbers of the 16 entries, that used longest ago first | 16 entries
     entry    crc32 (u32) | state (u8) | length (u8) | value (<= 136 bytes)
 """
 
@@ -14,9 +14,7 @@ import os
 import struct
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
-from itertools import compress
 from pathlib import Path
-from time import time_ns
 from types import TracebackType
 from typing import NamedTuple, Self
 from zlib import crc32
@@ -26,15 +24,15 @@ KEY = 16
 VALUE = 136
 _HEAD = struct.Struct("<IBB")
 _ENTRY = _HEAD.size + VALUE
-_TIME = struct.Struct("<Q")
-_U64 = _TIME.unpack_from
-_TIMES = struct.Struct(f"<{WAYS}Q")
+_SIZE = struct.Struct("<Q")
+_NUMBER = _SIZE.unpack_from
+_PUT_KEY = struct.Struct(f"{KEY}s").pack_into
+_PUT_ENTRY = struct.Struct(f"<IBB{VALUE}s").pack_into
 _KEYS = WAYS * KEY
-_NAMES = struct.Struct(f"{KEY}s" * WAYS)
-_ALL = range(WAYS)
-_ENTRIES = _KEYS + _TIMES.size  # where they begin in a bucket
+_ENTRIES = _KEYS + WAYS  # where they begin in a bucket
 _BUCKET = _ENTRIES + WAYS * _ENTRY
-_MAGIC = b"ratchet1"
+_IN_ORDER = bytes(range(WAYS))
+_MAGIC = b"ratchet2"
 _HEADER = 4096
 _EMPTY, _LIVE, _TAKEN = 0, 1, 2
 
@@ -82,13 +80,13 @@ class Table:
         """The number of buckets of the file, which is laid out when it is new or no table of ours."""
         head = os.pread(self._file, 16, 0)
         if head[:8] == _MAGIC and len(head) == 16:
-            (buckets,) = _TIME.unpack(head[8:])
+            (buckets,) = _SIZE.unpack(head[8:])
         else:
             os.ftruncate(self._file, 0)
         os.ftruncate(self._file, _HEADER + buckets * _BUCKET)
         if hasattr(os, "posix_fallocate"):  # who writes to a hole of a mapped file while the disk is full is killed
             os.posix_fallocate(self._file, 0, _HEADER + buckets * _BUCKET)
-        os.pwrite(self._file, _MAGIC + _TIME.pack(buckets), 0)
+        os.pwrite(self._file, _MAGIC + _SIZE.pack(buckets), 0)
         return int(buckets)
 
     def close(self) -> None:
@@ -110,7 +108,8 @@ class Table:
         for way in self._ways(bucket, key):
             found = self._read(bucket, way, key)
             if found is not None and found[0] == _LIVE:
-                _TIME.pack_into(self._map, bucket + _KEYS + 8 * way, time_ns())
+                with self._lock:
+                    self._used(bucket, way)
                 return found[1]
         return None
 
@@ -140,13 +139,11 @@ class Table:
             return Taken(None, 0)
         with self._lock:
             entries = [(way, entry) for way in self._ways(bucket, key) if (entry := self._read(bucket, way, key))]
-            live = [(way, value) for way, (state, value) in entries if state == _LIVE]
-            if not live:
-                return Taken(None, len(entries))
-            times = _TIMES.unpack_from(self._map, bucket + _KEYS)
-            way, value = min(live, key=lambda one: times[one[0]])
-            self._store(bucket, way, key, _TAKEN, value)
-            return Taken(value, len(entries))
+            for way, (state, value) in entries:
+                if state == _LIVE:
+                    self._store(bucket, way, key, _TAKEN, value)
+                    return Taken(value, len(entries))
+            return Taken(None, len(entries))
 
     def give_back(self, key: bytes, value: bytes) -> None:
         """Lets a value that was taken be taken again; where it is gone, it is added anew."""
@@ -159,13 +156,31 @@ class Table:
             self._write(key, value)
 
     def _bucket(self, key: bytes) -> int:
-        number: int = _U64(key)[0]
+        number: int = _NUMBER(key)[0]
         return _HEADER + number % self._buckets * _BUCKET
 
     def _ways(self, bucket: int, key: bytes) -> list[int]:
-        """Where in the bucket the key stands."""
-        keys = _NAMES.unpack_from(self._map, bucket)
-        return [*compress(_ALL, map(key.__eq__, keys))] if key in keys else []
+        """Where in the bucket the key stands, that used longest ago first."""
+        keys = self._map[bucket : bucket + _KEYS]
+        return [way for way in self._order(bucket) if keys[way * KEY : way * KEY + KEY] == key] if key in keys else []
+
+    def _order(self, bucket: int) -> bytes:
+        """The entries' numbers. Those of a bucket that is new, or whose writer died in the middle, are dealt anew."""
+        order = self._map[bucket + _KEYS : bucket + _ENTRIES]
+        return order if len({*order}) == WAYS else _IN_ORDER
+
+    def _own(self, bucket: int, key: bytes, value: bytes, oldest: int) -> int:
+        """The entry to write over for a key that is there already: one of its own, once it has half of the bucket."""
+        keys = self._map[bucket : bucket + _KEYS]
+        if keys.count(key) < WAYS // 2:
+            return oldest
+        at = keys.find(key, value[-1] % WAYS * KEY if value else 0)  # any: they all say the same
+        return (at if at >= 0 else keys.find(key)) // KEY
+
+    def _used(self, bucket: int, way: int) -> None:
+        order, top = self._order(bucket), bucket + _KEYS
+        at = order.index(way)
+        self._map[top : top + WAYS] = order[:at] + order[at + 1 :] + order[at : at + 1]
 
     def _read(self, bucket: int, way: int, key: bytes) -> tuple[int, bytes] | None:
         at = bucket + _ENTRIES + way * _ENTRY
@@ -176,26 +191,27 @@ class Table:
         return state, value
 
     def _write(self, key: bytes, value: bytes) -> None:
-        """Into a free entry, else over the oldest one of the bucket; of a key that has half of it already, over its own
-        oldest: what thousands say alike must not push out what others rely on."""
+        """Into a free entry, else over the oldest one of the bucket; of a key that has half of it already, over one of
+        its own: what thousands say alike must not push out what others rely on."""
         if len(key) != KEY or len(value) > VALUE:
             raise ValueError(f"keys are {KEY} bytes and values at most {VALUE}")
         mapped = self._map
-        bucket = _HEADER + _U64(key)[0] % self._buckets * _BUCKET
-        times = _TIMES.unpack_from(mapped, bucket + _KEYS)
-        way = times.index(min(times))
-        if mapped.find(key, bucket, bucket + _KEYS) >= 0:
-            ways = self._ways(bucket, key)
-            way = way if len(ways) < WAYS // 2 else min(ways, key=times.__getitem__)
-        at = bucket + way * KEY
-        mapped[at : at + KEY] = key
+        bucket = _HEADER + _NUMBER(key)[0] % self._buckets * _BUCKET
+        top = bucket + _KEYS
+        order = mapped[top : top + WAYS]
+        way = order[0]
+        if mapped.find(key, bucket, top) >= 0:
+            way = self._own(bucket, key, value, way)
+        if way == order[0] != order[1]:
+            mapped[top : top + WAYS] = order[1:] + order[:1]
+        else:
+            self._used(bucket, way)
+        _PUT_KEY(mapped, bucket + way * KEY, key)
         self._store(bucket, way, key, _LIVE, value)
 
     def _store(self, bucket: int, way: int, key: bytes, state: int, value: bytes) -> None:
-        at = bucket + _ENTRIES + way * _ENTRY
-        entry = _HEAD.pack(crc32(value, crc32(key, state)), state, len(value)) + value
-        self._map[at : at + len(entry)] = entry
-        _TIME.pack_into(self._map, bucket + _KEYS + 8 * way, time_ns())
+        at, crc = bucket + _ENTRIES + way * _ENTRY, crc32(value, crc32(key, state))
+        _PUT_ENTRY(self._map, at, crc, state, len(value), value)
 
 
 def _checksum(key: bytes, state: int, value: bytes) -> int:

@@ -15,6 +15,7 @@ from proxy.sse import Event
 
 Json = dict[str, Any]
 Path = tuple[str | int, ...]
+_DICTS = {dict}
 
 
 class Prompt(NamedTuple):
@@ -169,8 +170,10 @@ def prompt_at(role: str, content: Any, path: Path) -> list[Prompt]:
 
 
 def dicts(value: Any) -> list[Json]:
-    """The dicts of a list; of anything else none."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    """The dicts of a list, itself where it holds nothing else; of anything else none."""
+    if type(value) is not list:
+        return []
+    return value if set(map(type, value)) == _DICTS else [item for item in value if type(item) is dict]
 
 
 def string(value: Any) -> str | None:

@@ -1,6 +1,7 @@
 """`chat/completions`: OpenAI's, and what vLLM, SGLang and others add to it (token ids, reasoning)."""
 
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -26,7 +27,10 @@ from proxy.sse import Event
 # What is told alike by each chunk, or told only where it isn't null.
 _PLAIN = {"id", "object", "created", "model", "system_fingerprint", "service_tier", "obfuscation", "choices", "usage"}
 _PLAIN_CHOICE = {"index", "delta", "finish_reason", "logprobs"}
-_DICTS = {dict}
+_STR = {str}
+_FIRST, _SECOND = ("messages", 0, "content"), ("messages", 1, "content")
+_PROMPTING = frozenset(("system", "developer"))
+_AGENTS = frozenset(("system", "developer", "user"))
 _CALLING = frozenset(("tool_calls", "function_call", "tool_call_id"))
 _TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
 
@@ -41,37 +45,29 @@ class Chat:
 
     def read(self, body: Json) -> Reading:
         """Prompts are every system and developer message, and the first user message."""
-        prompts: list[Prompt] = []
-        turns: list[Turn] = []
-        row: list[Any] = []  # the messages of one side since the other's last
-        user = replying = False
         messages = body.get("messages")
-        for index, message in enumerate(messages if type(messages) is list else ()):
-            if type(message) is not dict:
-                continue
-            role, content = message.get("role"), message.get("content")
+        listed = dicts(messages)
+        prompts: list[Prompt] = []
+        user = False
+        for index, message in enumerate(listed if listed is messages else _holes(messages)):
+            role = message.get("role")
             if role == "user":
-                if not user:
-                    user = True
-                    prompts += prompt_at(role, content, ("messages", index, "content"))
-            elif role == "system" or role == "developer":
-                prompts += prompt_at(role, content, ("messages", index, "content"))
-            if (role == "assistant") is not replying:
-                if row:
-                    turns.append(Turn(replying, orjson.dumps(row)))
-                    row = []
-                replying = not replying
-            # As most are: a text.
-            plain = type(content) is str and type(role) is str and (len(message) == 2 or _CALLING.isdisjoint(message))
-            row.append((role, content, (), None) if plain and not replying else _told(message))
-        if row:
-            turns.append(Turn(replying, orjson.dumps(row)))
-        return Reading(string(body.get("model")), body.get("stream") is True, prompts, turns)
+                if user:
+                    continue
+                user = True
+            elif role not in _PROMPTING:
+                continue
+            content = message.get("content")
+            path = ("messages", index, "content")
+            if type(content) is str:
+                prompts.append(Prompt(role, content, path))
+            else:
+                prompts += prompt_at(role, content, path)
+        return Reading(string(body.get("model")), body.get("stream") is True, prompts, _turns(listed))
 
     def messages(self, body: Json) -> list[Json]:
         """As they are."""
-        messages = body.get("messages")
-        return messages if type(messages) is list and set(map(type, messages)) == _DICTS else dicts(messages)
+        return dicts(body.get("messages"))
 
     def ends(self, event: Event) -> bool:
         """`[DONE]` is the last event."""
@@ -83,13 +79,14 @@ class Chat:
 
     def summarise(self, reply: Json) -> Summary:
         """All choices, in order."""
-        summary = head(reply)
+        summary = Summary()
+        merge_head(summary, reply)
         choices = dicts(reply.get("choices"))
         messages, replies, ids, logprobs = [], [], [], []
         for choice in choices:
             message = choice.get("message")
             kept = {} if type(message) is not dict else {name: one for name, one in message.items() if one is not None}
-            replies.append([orjson.dumps([_told({"role": "assistant", **kept})])])
+            replies.append([_reply(kept)])
             kept["finish_reason"] = choice.get("finish_reason")
             messages.append(kept)
             ids.append(choice.get("token_ids"))
@@ -97,6 +94,32 @@ class Chat:
         summary.output_messages, summary.replies = messages, replies
         finish(summary, choices, reply.get("prompt_token_ids"), ids, logprobs)
         return summary
+
+
+class Begun(NamedTuple):
+    """The first message of a conversation, the agent's prompt, read once for all that begin with it."""
+
+    prompt: Prompt
+    canonical: bytes  # of the first turn, up to the next message
+
+    @classmethod
+    def of(cls, message: Json) -> "Begun | None":
+        """None where it is no plain text of the agent's."""
+        text, role = message.get("content"), message.get("role")
+        if len(message) != 2 or type(text) is not str or role not in _PROMPTING:
+            return None
+        return cls(Prompt(role, text, _FIRST), orjson.dumps([(role, text, (), None)])[:-1] + b",")
+
+    def read(self, body: Json, model: str | None) -> Reading | None:
+        """The same as `Chat.read` of a body that goes on with a text of the user's and nothing else; None of others."""
+        messages = body["messages"]
+        if len(messages) != 2 or type(second := messages[1]) is not dict or len(second) != 2:
+            return None
+        text = second.get("content")
+        if type(text) is not str or second.get("role") != "user":
+            return None
+        turn = Turn(False, b"%b%b]" % (self.canonical, orjson.dumps(("user", text, (), None))))
+        return Reading(model, body.get("stream") is True, [self.prompt, Prompt("user", text, _SECOND)], [turn])
 
 
 class ChatStream(StreamParser):
@@ -201,10 +224,12 @@ def merge_head(summary: Summary, chunk: Json) -> None:
     if "error" in chunk:
         summary.error_type = error_of(chunk) or summary.error_type
     if type(usage) is dict:
+        told, answered = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        summary.input_tokens = told if type(told) is int else None
+        summary.output_tokens = answered if type(answered) is int else None
         details = usage.get("prompt_tokens_details")
-        summary.input_tokens = integer(usage.get("prompt_tokens"))
-        summary.output_tokens = integer(usage.get("completion_tokens"))
-        summary.cached_tokens = integer(details.get("cached_tokens")) if type(details) is dict else None
+        cached = details.get("cached_tokens") if type(details) is dict else None
+        summary.cached_tokens = cached if type(cached) is int else None
 
 
 def finish(
@@ -213,10 +238,43 @@ def finish(
     """Fills in what is told per choice. A stop reason is that of the first choice."""
     if choices:
         summary.finish_reason = string(choices[0].get("finish_reason"))
-    if prompt_ids is not None or completion_ids.count(None) != len(completion_ids):
+    if prompt_ids is not None or (completion_ids and completion_ids != [None] * len(completion_ids)):
         summary.token_ids = {"prompt": prompt_ids, "completion": completion_ids}
-    if logprobs.count(None) != len(logprobs):
+    if logprobs and logprobs != [None] * len(logprobs):
         summary.logprobs = logprobs
+
+
+def _holes(messages: Any) -> list[Json]:
+    """The messages, what is none as an empty one: prompts keep their places."""
+    return [message if type(message) is dict else {} for message in messages] if type(messages) is list else []
+
+
+def _turns(messages: list[Json]) -> list[Turn]:
+    """The messages of one side in a row are one turn."""
+    try:
+        row: list[Any] = [(message["role"], message["content"], (), None) for message in messages]
+    except KeyError:
+        row = []
+    roles = {one[0] for one in row}
+    # As most calls are: texts of one side only.
+    if row and _AGENTS.issuperset(roles) and max(map(len, messages)) == 2 and {type(one[1]) for one in row} == _STR:
+        return [Turn(False, orjson.dumps(row))]
+    turns: list[Turn] = []
+    for replying, some in groupby(messages, _replying):
+        turns.append(Turn(replying, orjson.dumps([_told(message) for message in some])))
+    return turns
+
+
+def _replying(message: Json) -> bool:
+    return message.get("role") == "assistant"
+
+
+def _reply(message: Json) -> bytes:
+    """The canonical turn of one message of the model's."""
+    content = message.get("content")
+    if type(content) is str and message.get("role", "assistant") == "assistant" and _CALLING.isdisjoint(message):
+        return b'[["assistant",%b,[],null]]' % orjson.dumps(content.strip())
+    return orjson.dumps([_told({"role": "assistant", **message})])
 
 
 def _told(message: Json) -> tuple[Any, ...]:
