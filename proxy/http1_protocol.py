@@ -112,6 +112,8 @@ class Connection(asyncio.Protocol):
         """Reads on after a pause."""
         if self._paused and self._transport is not None:
             self._paused = False
+            if self._response is not None:
+                self._response.paused = False
             self.used_at = self._now()
             self._transport.resume_reading()
 
@@ -284,6 +286,8 @@ class Connection(asyncio.Protocol):
     def _pause(self) -> None:
         if not self._paused and self._transport is not None:
             self._paused = True
+            if self._response is not None:
+                self._response.paused = True
             self._transport.pause_reading()
 
     def _write_on(self) -> None:

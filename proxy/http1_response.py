@@ -44,6 +44,7 @@ class Response:
         "limit",
         "listener",
         "on_error",
+        "paused",
         "pieces",
         "retried",
         "status",
@@ -58,6 +59,7 @@ class Response:
         self.on_error: Callable[[TransportError], Exception] | None = None
         self.listener: Callable[[], None] | None = None
         self.pieces: list[bytes] = []  # of the body, not read yet; the connection adds to them, and calls `wake`
+        self.paused = False  # whether the connection has stopped reading until `resume`
         self.complete = False  # whether the last byte has arrived
         self.error: TransportError | None = None  # why it has ended before it was whole
         self._source: Source | None = source

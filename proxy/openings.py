@@ -35,6 +35,10 @@ class Opening(NamedTuple):
         """Whether a body for `model` begins like this, and says it only once."""
         return raw.startswith(self.came) and self.model == model and raw.find(_AGAIN, len(self.came)) < 0
 
+    def read(self, body: Json) -> Reading | None:
+        """The reading of a body that begins like this; None where its dialect has to read it."""
+        return None if self.begun is None else self.begun.read(body, self.model)
+
 
 class Openings:
     """Those of one client, under one state of deployments."""

@@ -93,16 +93,15 @@ class Quick:
             now = self._versions.current
             if head.seen != now.serial:
                 head.allowed(self._guard, now.serial)
-            if len(raw) > self._body_limit or self.calls.running >= self.calls.most or head.limited:
-                return False
-            parsed = parse(raw)
+            fits = len(raw) <= self._body_limit and self.calls.running < self.calls.most and not head.limited
+            parsed = parse(raw) if fits else None
             if parsed is None or "prompt_id" in parsed:
                 return False
-            depth.check(raw, parsed)
-            model = parsed.get("model")
-            opening = head.openings.find(raw, model)
-            begun = None if opening is None else opening.begun
-            reading = (begun and begun.read(parsed, model)) or head.dialect.read(parsed)
+            opening = head.openings.find(raw, parsed.get("model"))
+            reading = None if opening is None else opening.read(parsed)
+            if reading is None:
+                depth.check(raw, parsed)
+                reading = head.dialect.read(parsed)
             plan = head.plans.get(reading.model) or self._plan(head, reading.model)
             if plan is None:
                 return False
@@ -210,8 +209,17 @@ class QuickCall:
         try:
             if response.error is not None or self._protocol.flow.write_paused:
                 self.hand_over()
-            elif self._streaming is not None:
-                self._stream(self._streaming)
+            elif (streaming := self._streaming) is not None:
+                run = None if response.complete else streaming.in_the_middle(response.pieces)
+                if run is None:
+                    self._stream(streaming)
+                else:
+                    response.pieces.clear()
+                    response.buffered = 0
+                    self.call.response_bytes += len(run)
+                    self._protocol.transport.write(b"%x\r\n%b\r\n" % (len(run), run))
+                    if response.paused:
+                        response.resume()
             elif response.status:
                 self._head_came(response)
         except Exception as bug:  # noqa: BLE001 - boundary: a bug of ours ends as an answer and a span: the Relay's
@@ -255,8 +263,9 @@ class QuickCall:
 
     def _stream(self, streaming: Streaming, head: bytes = b"", client: Client | None = None) -> None:
         """Some of a stream; with `client` its beginning, behind its head."""
-        call, complete = self.call, self._response.complete
-        chunk = self._response.take()
+        call, response = self.call, self._response
+        complete = response.complete
+        chunk = response.take()
         run, ends = streaming.pass_on(chunk, complete) if chunk else (b"", False)
         if complete and not ends:
             run, ends = run + streaming.end(), True
@@ -273,8 +282,8 @@ class QuickCall:
             self._begun, self._streaming = client, streaming
         if complete:
             self._end()
-        else:
-            self._response.resume()
+        elif response.paused:
+            response.resume()
 
     def _end(self) -> None:
         self._leave()

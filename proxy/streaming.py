@@ -26,6 +26,8 @@ class Streaming:
         self._answer = answer
         self._plain = answer.encoding in ("identity", "")
         self._stripping = stripping and self._plain
+        # As most streams are.
+        self._simple = self._plain and call.hidden is None
         self._splitter = sse.Splitter()
         self._copy: list[bytes] = []
         self._copied = 0
@@ -65,6 +67,24 @@ class Streaming:
             self._sum_up()
         hang_up.release()
         await self._client.last(self._rest)
+
+    def in_the_middle(self, pieces: list[bytes]) -> bytes | None:
+        """The run that came, where it is whole events none of which can be the last: then it is kept, and to be
+        forwarded as it is. None for anything else, and nothing has happened."""
+        if len(pieces) != 1 or not self._simple or self._splitter.rest or self._call.ttft_ms is None:
+            return None
+        run = pieces[0]
+        copied = self._copied + len(run)
+        if not run.endswith(b"\n\n") or copied > self._call.copy_limit:
+            return None
+        if self._stripping and b'"usage"' in run and run.count(b'"usage"') != run.count(b'"usage":null'):
+            return None
+        for mark in self._call.dialect.marks:
+            if mark in run:
+                return None
+        self._copied = copied
+        self._copy.append(run)
+        return run
 
     def pass_on(self, chunk: bytes, complete: bool) -> tuple[bytes, bool]:
         """What is to be forwarded of a chunk, the last one where it is `complete`; and whether a client may take that

@@ -112,6 +112,9 @@ class Begun(NamedTuple):
 
     def read(self, body: Json, model: str | None) -> Reading | None:
         """The same as `Chat.read` of a body that goes on with a text of the user's and nothing else; None of others."""
+        kinds = [*map(type, body.values())]
+        if kinds.count(list) != 1 or dict in kinds:  # there is depth in it to be looked at
+            return None
         messages = body["messages"]
         if len(messages) != 2 or type(second := messages[1]) is not dict or len(second) != 2:
             return None
