@@ -45,6 +45,7 @@ class Connection(asyncio.Protocol):
         self._coded = False
         self._trailers: list[Header] = []  # they are dropped
         self._headers = self._trailers  # where the next header belongs
+        self._pieces: list[bytes] = []  # where the next piece of a body belongs
         self._served = 0
         self._seen = 0
         self._idle_bytes = 0
@@ -72,6 +73,7 @@ class Connection(asyncio.Protocol):
         response = self._response = Response(self)
         self._headless = headless
         self._headers = response.headers
+        self._pieces = response.pieces
         self._seen = self._idle_bytes = 0
         self._whole = self._interim = self._coded = self._progress = False
         self._sent_at = self.used_at = self._now()
@@ -128,6 +130,8 @@ class Connection(asyncio.Protocol):
             self.abort(ProtocolError("bytes that nobody asked for"))
             return
         self._seen += len(data)
+        pieces = self._pieces
+        before = len(pieces)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -135,6 +139,9 @@ class Connection(asyncio.Protocol):
                 self.abort(_refusal(error, self._seen))
                 return
             self._reusable = False
+        if len(pieces) > before:
+            response.buffered += sum(map(len, pieces[before:]))
+            self._progress = True
         if self._whole:
             self._finish(response)
         elif self._progress:
@@ -143,7 +150,10 @@ class Connection(asyncio.Protocol):
             self.used_at = self._now()
             if response.buffered > response.limit:
                 self._too_much(response)
-            response.wake()
+            if response.listener is not None:
+                response.listener()
+            else:
+                response.wake()
         else:
             self._idle_bytes += len(data)
             if self._idle_bytes > MAX_HEAD:
@@ -228,11 +238,7 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, chunk: bytes) -> None:
         """Parser: a piece of the body."""
-        response = self._response
-        if response is not None:
-            response.pieces.append(chunk)
-            response.buffered += len(chunk)
-            self._progress = True
+        self._pieces.append(chunk)
 
     def on_message_complete(self) -> None:
         """Parser: the end, by length, by the last chunk or because there is no body."""

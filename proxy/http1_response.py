@@ -136,10 +136,9 @@ class Response:
             self.error = error
 
     def wake(self) -> None:
-        """New pieces are there."""
-        if self.listener is not None:
-            self.listener()
-        elif (waiter := self._waiter) is not None and not self._whole and not waiter.done():
+        """New pieces are there, for one who waits. (A listener is called without this detour.)"""
+        waiter = self._waiter
+        if waiter is not None and not self._whole and not waiter.done():
             waiter.set_result(None)
 
     def finish(self, error: TransportError | None = None) -> None:

@@ -26,8 +26,9 @@ class Streaming:
         self._answer = answer
         self._plain = answer.encoding in ("identity", "")
         self._stripping = stripping and self._plain
-        # As most streams are.
-        self._simple = self._plain and call.hidden is None
+        # What may be the last event has this in it; streams with several marks are looked into more closely.
+        self._mark = call.dialect.marks[0] if len(call.dialect.marks) == 1 else b""
+        self._simple = False  # whether what comes next may be the middle of the stream: it has begun, nothing waits
         self._splitter = sse.Splitter()
         self._copy: list[bytes] = []
         self._copied = 0
@@ -71,17 +72,14 @@ class Streaming:
     def in_the_middle(self, pieces: list[bytes]) -> bytes | None:
         """The run that came, where it is whole events none of which can be the last: then it is kept, and to be
         forwarded as it is. None for anything else, and nothing has happened."""
-        if len(pieces) != 1 or not self._simple or self._splitter.rest or self._call.ttft_ms is None:
+        if len(pieces) != 1 or not self._simple:
             return None
         run = pieces[0]
         copied = self._copied + len(run)
-        if not run.endswith(b"\n\n") or copied > self._call.copy_limit:
+        if copied > self._call.copy_limit or not run.endswith(b"\n\n") or self._mark in run:
             return None
         if self._stripping and b'"usage"' in run and run.count(b'"usage"') != run.count(b'"usage":null'):
             return None
-        for mark in self._call.dialect.marks:
-            if mark in run:
-                return None
         self._copied = copied
         self._copy.append(run)
         return run
@@ -91,6 +89,7 @@ class Streaming:
         for the end: then the call is to be recorded first."""
         self._call.first_byte()
         run = self._take(chunk)
+        self._simple = self._plain and self._call.hidden is None and not self._splitter.rest and bool(self._mark)
         if not self._ends:
             return run, False
         self._ends = False
@@ -154,8 +153,11 @@ def _suspect(run: bytes, dialect: Dialect, stripping: bool) -> int:
     for mark in dialect.marks:
         if mark in run:
             first = min(first, run.index(mark))
-    if stripping and (empty := _NO_CHOICES.search(run)) is not None:
-        first = min(first, empty.start())
+    if stripping:
+        at = run.find(b'"choices":[]')  # as most spell it
+        if at < 0 and (empty := _NO_CHOICES.search(run)) is not None:
+            at = empty.start()
+        first = min(first, at) if at >= 0 else first
     if first == len(run):
         return -1
     before = -1 if b"\r" in run else run.rfind(b"\n\n", 0, first)

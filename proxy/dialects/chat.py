@@ -29,7 +29,7 @@ _PLAIN = {"id", "object", "created", "model", "system_fingerprint", "service_tie
 _PLAIN_CHOICE = {"index", "delta", "finish_reason", "logprobs"}
 _STR = {str}
 _FIRST, _SECOND = ("messages", 0, "content"), ("messages", 1, "content")
-_PROMPTING = frozenset(("system", "developer"))
+_PROMPTING = ("system", "developer")  # a role may be anything, also what has no hash
 _AGENTS = frozenset(("system", "developer", "user"))
 _CALLING = frozenset(("tool_calls", "function_call", "tool_call_id"))
 _TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
@@ -137,15 +137,16 @@ class ChatStream(StreamParser):
         """Takes a whole stream; of a long run of texts, chunk by chunk the same otherwise, only the texts."""
         run = runs.find(stream)
         values = None if run is None else sse.values(run.before + run.after)
-        if run is None or values is None:
+        if run is None or values is None or not runs.alike(run, values[1], _with_text):
             super().read(stream)
             return
         first, second, *after = values
         self.take(first)
-        self.take(second)
-        if _only_text(second) is not None and 0 in self._choices:
-            self._choices[0]["texts"].setdefault("content", []).extend(run.texts)
+        text = _only_text(second)
+        if text is not None and 0 in self._choices and self._goes_on(second):
+            self._choices[0]["texts"].setdefault("content", []).extend((text, *run.texts))
         else:
+            self.take(second)
             for text in run.texts:
                 self.take(_with_text(second, text))
         for value in after:
@@ -160,10 +161,14 @@ class ChatStream(StreamParser):
         if isinstance(chunk, dict):
             self.take(chunk)
 
+    def _goes_on(self, chunk: Json) -> bool:
+        """Whether its head tells nothing new."""
+        known = self._summary
+        return bool(chunk.get("id") == known.response_id and chunk.get("model") == known.response_model)
+
     def take(self, chunk: Json) -> None:
         """Takes the next chunk."""
-        known, held = self._summary, self._choices.get(0)
-        same = chunk.get("id") == known.response_id and chunk.get("model") == known.response_model
+        known, held, same = self._summary, self._choices.get(0), self._goes_on(chunk)
         text = _only_text(chunk) if same and held is not None else None
         if text is not None and held is not None:
             held["texts"].setdefault("content", []).append(text)
@@ -184,28 +189,25 @@ class ChatStream(StreamParser):
         """The same shape as of a JSON answer."""
         choices = [_assembled(self._choices[index]) for index in sorted(self._choices)]
         whole = Chat().summarise({"choices": choices, "prompt_token_ids": self._prompt_ids})
-        for name in ("response_id", "response_model", "input_tokens", "output_tokens", "cached_tokens", "error_type"):
-            setattr(whole, name, getattr(self._summary, name))
+        whole.__dict__.update(self._summary.__dict__)  # what heads have told
         return whole
 
 
 def _only_text(chunk: Json) -> str | None:
     """The text of a chunk that brings nothing else, as most do; None for any other."""
     choices = chunk.get("choices")
-    if type(choices) is not list or len(choices) != 1 or chunk.get("usage") or not _PLAIN.issuperset(chunk):
-        return None
-    choice = choices[0]
-    if type(choice) is not dict or not _PLAIN_CHOICE.issuperset(choice) or choice.get("index") != 0:
+    if type(choices) is not list or len(choices) != 1 or type(choice := choices[0]) is not dict:
         return None
     delta = choice.get("delta")
-    if type(delta) is not dict or len(delta) != 1 or choice.get("finish_reason") or choice.get("logprobs"):
+    if type(delta) is not dict or len(delta) != 1 or type(text := delta.get("content")) is not str:
         return None
-    text = delta.get("content")
-    return text if type(text) is str else None
+    if chunk.get("usage") or choice.get("index") != 0 or choice.get("finish_reason") or choice.get("logprobs"):
+        return None
+    return text if _PLAIN.issuperset(chunk) and _PLAIN_CHOICE.issuperset(choice) else None
 
 
 def _with_text(chunk: Json, text: str) -> Json:
-    """The chunk with another text in its first choice."""
+    """The chunk with another text in its first choice. Raises LookupError, TypeError or ValueError if it has none."""
     choice, *others = chunk["choices"]
     return {**chunk, "choices": [{**choice, "delta": {**choice["delta"], "content": text}}, *others]}
 
@@ -256,9 +258,9 @@ def _turns(messages: list[Json]) -> list[Turn]:
     """The messages of one side in a row are one turn."""
     try:
         row: list[Any] = [(message["role"], message["content"], (), None) for message in messages]
-    except KeyError:
+        roles = {one[0] for one in row}
+    except (KeyError, TypeError):
         row = []
-    roles = {one[0] for one in row}
     # As most calls are: texts of one side only.
     if row and _AGENTS.issuperset(roles) and max(map(len, messages)) == 2 and {type(one[1]) for one in row} == _STR:
         return [Turn(False, orjson.dumps(row))]
