@@ -77,7 +77,6 @@ SELECT (SELECT count(*) FROM spans WHERE day = $day), (SELECT count(*) FROM rewa
   (SELECT count(*) FROM _segments WHERE day = $day)
 """
 
-# The last batch, whether there are agents' own spans, the archived days.
 _STATE = """
 SELECT greatest((SELECT max(batch) FROM spans), (SELECT max(batch) FROM _segments), (SELECT max(batch) FROM _folds), 0),
   EXISTS (SELECT 1 FROM spans WHERE source = 'otlp'), (SELECT coalesce(list(day), []) FROM _parts)
@@ -145,7 +144,6 @@ class Store:
         self._cursors = paging.Cursors()
         self._unsorted = 0  # bytes of payloads that wait to be sorted
         self._closed: set[int] = set()  # days that are in the archive, or being written to it
-        self._own_spans = False  # whether there are agents' own spans, which have to be settled
         self._unmatched = (0.0, 0)  # (good until, how many)
         self.archive = archive.Archive(self._journal.parent / archive.FOLDER)
         self._con = self._open()
