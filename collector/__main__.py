@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
+from collector import calm
 from collector.errors import RatchetError
 from collector.lifeline import follow
 from collector.settings import Settings
@@ -28,18 +29,12 @@ _ORPHAN_SECONDS = 0.5
 log = logging.getLogger("collector")
 
 
-class Server(uvicorn.Server):
-    """uvicorn, which tells waiting polls that it is about to stop."""
+class Server(calm.Server):
+    """A server which tells waiting polls that it is about to stop."""
 
     def __init__(self, config: uvicorn.Config, app: Starlette) -> None:
         super().__init__(config)
         self._app = app
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def serve(self, sockets: Any = None) -> None:
-        """Serve until a signal or `stop`."""
-        self._loop = asyncio.get_running_loop()
-        await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """A signal: end the polls first, they would hold the shutdown up."""

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,10 @@ _INSERTS: dict[str, tuple[str, ...]] = {
     "job": ("INSERT INTO jobs BY NAME FROM journal_jobs($files, $size)",),
     "key": ("INSERT INTO keys BY NAME FROM journal_keys($files, $size)",),
 }
-# A zone map and a dictionary answer this at once where there are none.
-_OBSERVED = "SELECT 1 FROM spans WHERE source = 'otlp' LIMIT 1"
+_SEGMENTS = """
+INSERT INTO _segments SELECT unnest($names), unnest($lines), unnest($quarantined), unnest($bytes), $now, $batch, $day
+"""
+_NEXT_ROW = "SELECT coalesce(max(rowid), -1) + 1 FROM spans"
 
 
 @dataclass(frozen=True)
@@ -83,20 +85,23 @@ def insert(
     cursor: Any,
     segments: Sequence[Segment],
     batch: int,
-    closed: frozenset[int] = frozenset(),
+    closed: Set[int] = frozenset(),
     payloads: str = "payloads",
+    *,
+    observed: bool = True,
 ) -> None:
-    """Insert rows and names as batch number `batch`, within the caller's transaction. Days that are `closed` or in the
-    archive get no more rows. The payloads of recorded calls go to the table `payloads` or `fresh_payloads`.
+    """Insert rows and names as batch number `batch`, within the caller's transaction. Days that are `closed` get no
+    more rows. The payloads of recorded calls go to the table `payloads` or `fresh_payloads`. `observed`: there may be
+    agents' own spans in the store, which new ones can tell something about.
 
     Raises duckdb's errors where a line does not fit.
     """
-    archived = {day for (day,) in cursor.execute("SELECT day FROM _parts").fetchall()}
     events = frozenset().union(*(segment.events for segment in segments))
-    first = _first_row(cursor, events)
+    settles = "otlp" in events or ("span" in events and observed)
+    first = cursor.execute(_NEXT_ROW).fetchall()[0][0] if settles else None
     by_day: defaultdict[int, list[Segment]] = defaultdict(list)
     for segment in segments:
-        by_day[_open_day(segment.day, archived | closed)].append(segment)
+        by_day[_open_day(segment.day, closed)].append(segment)
     for day, group in by_day.items():
         _insert_day(cursor, group, batch, day, _PAYLOADS[payloads])
     if first is not None:
@@ -111,25 +116,16 @@ def _insert_day(cursor: Any, segments: Sequence[Segment], batch: int, day: int, 
         wanted = (*statements, payloads) if event == "span" else statements
         for statement in wanted if files else ():
             cursor.execute(statement, {name: value for name, value in given.items() if f"${name}" in statement})
-    now = time.time_ns()
-    for one in segments:
-        values = [one.name, one.lines, one.quarantined, one.bytes, now, batch, day]
-        cursor.execute("INSERT INTO _segments VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+    columns = {name: [getattr(one, name) for one in segments] for name in ("lines", "quarantined", "bytes")}
+    about = {"names": [one.name for one in segments], "now": time.time_ns(), "batch": batch, "day": day}
+    cursor.execute(_SEGMENTS, {**columns, **about})
 
 
-def _open_day(day: int, archived: Iterable[int]) -> int:
+def _open_day(day: int, closed: Set[int]) -> int:
     """The day to which a segment's rows are added: its own, or where that is in the archive the next that is not."""
-    closed = set(archived)
     while day in closed:
         day += 1
     return day
-
-
-def _first_row(cursor: Any, events: frozenset[str]) -> int | None:
-    """Where new rows of `spans` will begin; None while there are no agents' own spans to settle."""
-    if "otlp" not in events and not ("span" in events and cursor.execute(_OBSERVED).fetchall()):
-        return None
-    return int(cursor.execute("SELECT coalesce(max(rowid), -1) + 1 FROM spans").fetchall()[0][0])
 
 
 def _settle(cursor: Any, first: int, events: frozenset[str]) -> None:

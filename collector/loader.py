@@ -5,9 +5,10 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 from zlib import crc32
 
 import duckdb
@@ -20,13 +21,17 @@ from collector.store import DATA_ERRORS, Store
 QUARANTINE = "quarantine"
 _BATCH_BYTES = 32 << 20
 _BATCH_SEGMENTS = 256
-_DUE_BYTES = 4 << 20
-_DUE_SECONDS = 0.5
+_DUE_BYTES = 16 << 20
+_DUE_SECONDS = 5.0  # unless somebody reads: a batch costs as much as a thousand rows
+_ASKED_SECONDS = 0.5
+_LISTING_SHARE = 50  # a directory of many segments is listed so seldom that it takes a fiftieth of the time
 _RETRY_SECONDS = 30.0
 _NOBODYS_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the process is short of something, the file is not bad
-_MARK = b',"crc":"'
+_MARK_OF = b',"crc":"%08x"}'.__mod__
 _CRC_BYTES = len(b',"crc":"00000000"}')
-_KIND_AT = len(b'{"event":"')
+_HEAD = b'{"event":"'
+_KIND_AT = len(_HEAD)
+_KIND_END = _KIND_AT + max(map(len, journal.EVENTS)) + 1
 _FRESH_SECONDS = 0.1  # a directory's time stamp is coarse: trust it only when it is older than this
 
 log = logging.getLogger(__name__)
@@ -47,13 +52,16 @@ class Counters:
     last_error: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Listing:
-    """The names in the directory when its time stamp was `stamp`."""
+    """What the directory held when its time stamp was `stamp`: sizes of sealed segments that are not loaded, oldest
+    first, and the names of open ones. Made at `at` (monotonic), in `took` seconds."""
 
     stamp: int = -1
-    sealed: list[str] = field(default_factory=list)
-    open: bool = False
+    sealed: Mapping[str, int] = field(default_factory=dict)
+    open: frozenset[str] = frozenset()
+    at: float = 0.0
+    took: float = 0.0
 
 
 class Loader:
@@ -66,7 +74,9 @@ class Loader:
         self._loaded = store.loaded()
         self._listing = _Listing()
         self._unreadable: dict[str, float] = {}  # name -> when to try again
-        self._last = -_DUE_SECONDS  # when the last batch ended
+        self._was_open: frozenset[str] = frozenset()
+        self._since: float | None = None  # since when something waits
+        self._last = -_ASKED_SECONDS  # when the last batch ended
 
     def is_loaded(self, name: str) -> bool:
         """Whether the segment of this name is in the store."""
@@ -85,16 +95,29 @@ class Loader:
         self.counters.adopted += adopted
         return adopted
 
-    def due(self) -> bool:
-        """Whether it is time for a batch: half a second after the last one, at once when there is much.
+    def adopt_left(self) -> int:
+        """The same, to be called every second or so: where an open segment was there the last time already. Those of
+        living writers rarely are."""
+        before, self._was_open = self._was_open, self._glance().open
+        return self.adopt() if before & self._was_open else 0
+
+    def due(self, *, asked: bool = False) -> bool:
+        """Whether it is time for a batch: when there is much, when something has waited for five seconds; and when
+        somebody asked, half a second after the last batch.
 
         A segment is sealed after a second or at 4 MB, so a call can be read less than two seconds after its answer,
-        and many writers don't cost a transaction each.
+        and neither many writers nor few calls cost a transaction each second.
         """
-        names = self._pending()
-        if not names:
+        listing = self._list() if asked else self._glance()
+        waiting = self._pending(listing)
+        now = time.monotonic()
+        if not waiting:
+            self._since = None
             return False
-        return time.monotonic() - self._last >= _DUE_SECONDS or self._sizes(names) >= _DUE_BYTES
+        self._since = now if self._since is None else self._since
+        if asked and now - self._last >= _ASKED_SECONDS:
+            return True
+        return now - self._since >= _DUE_SECONDS or sum(map(listing.sealed.__getitem__, waiting)) >= _DUE_BYTES
 
     def load_once(self) -> int:
         """Load every sealed segment that is not in the store yet, oldest first; returns the number of lines.
@@ -103,7 +126,8 @@ class Loader:
         and the rest is left for the next time.
         """
         lines = 0
-        for names in self._batches(self._pending()):
+        listing = self._list()
+        for names in self._batches(listing):
             try:
                 lines += self._load(names)
             except (duckdb.Error, OSError, RatchetError) as error:
@@ -111,45 +135,55 @@ class Loader:
                 break
             finally:
                 self._last = time.monotonic()
+        else:
+            self._since = None
         self._measure_lag()
         return lines
 
-    def _pending(self) -> list[str]:
+    def _pending(self, listing: _Listing) -> list[str]:
         now = time.monotonic()
-        return [
-            name for name in self._list().sealed if name not in self._loaded and now >= self._unreadable.get(name, 0.0)
-        ]
+        return [name for name in listing.sealed if name not in self._loaded and now >= self._unreadable.get(name, 0.0)]
 
-    def _sizes(self, names: Sequence[str]) -> int:
-        total = 0
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += (self._directory / (name + journal.SEALED)).stat().st_size
-        return total
-
-    def _batches(self, names: Sequence[str]) -> Iterator[list[str]]:
+    def _batches(self, listing: _Listing) -> Iterator[list[str]]:
         """Some segments at a time: one transaction each, bounded in what may have to be read again."""
         batch: list[str] = []
         size = 0
-        for name in names:
+        for name in self._pending(listing):
             batch.append(name)
-            size += self._sizes([name])
+            size += listing.sealed[name]
             if size >= _BATCH_BYTES or len(batch) >= _BATCH_SEGMENTS:
                 yield batch
                 batch, size = [], 0
         if batch:
             yield batch
 
+    def _glance(self) -> _Listing:
+        """The directory as it is or was a moment ago: it holds each segment of some days."""
+        young = time.monotonic() - self._listing.at < _LISTING_SHARE * self._listing.took
+        return self._listing if young else self._list()
+
     def _list(self) -> _Listing:
-        """The directory's names, read only when it has changed."""
+        """The directory as it is, read only when it has changed."""
         status = self._directory.stat()
         if status.st_mtime_ns != self._listing.stamp:
-            names = sorted(os.listdir(self._directory))
-            sealed = [name.removesuffix(journal.SEALED) for name in names if name.endswith(journal.SEALED)]
+            began = time.monotonic()
+            names = os.listdir(self._directory)
+            sealed = {name.removesuffix(journal.SEALED) for name in names if name.endswith(journal.SEALED)}
+            waiting = sorted(sealed - self._loaded)
             still = time.time() - status.st_mtime > _FRESH_SECONDS
-            has_open = any(name.endswith(journal.OPEN) for name in names)
-            self._listing = _Listing(status.st_mtime_ns if still else -1, sealed, has_open)
+            self._listing = _Listing(
+                status.st_mtime_ns if still else -1,
+                {name: self._size(name) for name in waiting},
+                frozenset(name for name in names if name.endswith(journal.OPEN)),
+                began,
+                time.monotonic() - began,
+            )
         return self._listing
+
+    def _size(self, name: str) -> int:
+        with contextlib.suppress(OSError):
+            return (self._directory / (name + journal.SEALED)).stat().st_size
+        return 0
 
     def _load(self, names: Sequence[str]) -> int:
         segments = [segment for name in names if (segment := self._readable(name)) is not None]
@@ -197,15 +231,12 @@ class Loader:
         """Check every line; with broken ones, they go to quarantine and a copy of the rest is to be loaded."""
         path = self._directory / (name + journal.SEALED)
         data = path.read_bytes()
+        whole = summary(data)
+        if whole is not None:
+            return Segment(name, path, whole.lines, len(data), whole.longest, whole.events)
         good, bad = sift(data)
-        segment = Segment(
-            name=name,
-            path=path,
-            lines=len(good),
-            bytes=len(data),
-            longest=max(map(len, good), default=0),
-            events=frozenset(map(kind, good)),
-        )
+        longest = max(map(len, good), default=0)
+        segment = Segment(name, path, len(good), len(data), longest, frozenset(map(kind, good)))
         return self._set_aside(segment, good, bad) if bad else segment
 
     def _set_aside(self, segment: Segment, good: Sequence[bytes], bad: Sequence[bytes]) -> Segment:
@@ -254,6 +285,7 @@ class Loader:
         if isinstance(error, (duckdb.FatalException, duckdb.InternalException)):
             self._store.reopen()
             self._loaded = self._store.loaded()
+            self._listing = _Listing()
 
     def _measure_lag(self) -> None:
         pending = next((name for name in self._listing.sealed if name not in self._loaded), None)
@@ -269,13 +301,43 @@ def kind(line: bytes) -> str:
     return line[_KIND_AT : line.index(b'"', _KIND_AT)].decode()
 
 
+class Summary(NamedTuple):
+    """Of a segment without a broken line: how many lines, the length of the longest, their events."""
+
+    lines: int
+    longest: int
+    events: frozenset[str]
+
+
+def summary(data: bytes) -> Summary | None:
+    """What `sift` would find, at half its cost, where each line is good; None where one is not, or was taken back."""
+    view, find = memoryview(data), data.find
+    crcs: list[int] = []
+    marks: list[bytes] = []
+    heads: set[bytes] = set()
+    start = longest = 0
+    while (end := find(b"\n", start)) >= 0:
+        raw = max(start, end - _CRC_BYTES)
+        crcs.append(crc32(view[start:raw]))
+        marks.append(data[raw:end])
+        heads.add(data[start : start + _KIND_END])
+        if end - start > longest:
+            longest = end - start
+        start = end + 1
+    if start < len(data) or b"".join(map(_MARK_OF, crcs)) != b"".join(marks):
+        return None
+    if not all(head.startswith(_HEAD) and b'"' in head[_KIND_AT:] for head in heads):
+        return None
+    return Summary(len(crcs), longest, frozenset(map(kind, heads)))
+
+
 def sift(data: bytes) -> tuple[list[bytes], list[bytes]]:
     """`(good, bad)` lines; a line is good when it ends in the checksum of itself. Blank ones were taken back."""
     good: list[bytes] = []
     bad: list[bytes] = []
     for line in data.split(b"\n"):
         raw, mark = line[:-_CRC_BYTES], line[-_CRC_BYTES:]
-        if mark == b'%b%08x"}' % (_MARK, crc32(raw)) and raw.startswith(b'{"event":"'):
+        if mark == _MARK_OF(crc32(raw)) and raw.startswith(_HEAD):
             good.append(line)
         elif line.strip():
             bad.append(line)

@@ -35,6 +35,7 @@ from collector import discover as discovery
 from collector.errors import BadInput, Conflict, NotFound, Unavailable
 from collector.inbox import Inbox
 from collector.loader import Loader
+from collector.loading import Loading
 from collector.lock import DirectoryLock
 from collector.model import Version
 from collector.readers import Readers
@@ -47,8 +48,6 @@ SNAPSHOT = "deployments.json"
 MAX_PAGE = 500
 MAX_SAMPLE = 20_000
 _SAMPLE_CHARACTERS = 64 << 20
-_TICK_SECONDS = 0.1
-_ADOPT_SECONDS = 1.0
 _DISK_SECONDS = 30.0
 _FLUSH_SECONDS = 5.0
 _ENGINES_SECONDS = 2.0
@@ -67,7 +66,6 @@ class Collector:
         self.data_dir = settings.store.data_dir
         self.started_ns = time.time_ns()
         self._lock = threading.RLock()  # the registry: check, journal, apply as one step
-        self._loading = threading.Lock()
         self._stop = threading.Event()
         self._listeners: list[Callable[[], object]] = []
         self._proposals: dict[str, discovery.Proposal] = {}  # of the last look, so that one of them can be adopted
@@ -80,11 +78,12 @@ class Collector:
             self.store = open_store(self.data_dir / DATABASE, directory, settings.store, settings.rewards.weights)
             undo.callback(self.store.close)
             self.loader = Loader(self.store, directory)
+            self._loading = Loading(self.loader, self.store)
             self.inbox = Inbox(directory, self.loader)
-            self.keeper = keeper_of(self.store, self.loader, self._loading, settings.store, directory)
+            self.keeper = keeper_of(self.store, self.loader, self._loading.lock, settings.store, directory)
             self.readers = Readers()
             undo.callback(self.readers.close)
-            self._catch_up()
+            self._loading.catch_up()
             self.registry = registry.Registry(self.store.registry_events())
             self.journal = journal.Journal(directory, "collector")
             undo.callback(self.journal.close)
@@ -99,9 +98,8 @@ class Collector:
         if self._otlp is not None and background:
             self._undo.callback(self._otlp.close)
             self._otlp.start()
-        self._thread = threading.Thread(target=self._run, name="loader", daemon=True) if background else None
-        if self._thread is not None:
-            self._thread.start()
+        if background:
+            self._loading.start()
             threading.Thread(target=self.keeper.run, args=(self._stop,), name="keeper", daemon=True).start()
 
     def close(self) -> None:
@@ -110,32 +108,12 @@ class Collector:
             return
         self._closed = True
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._loading.stop()
         self.journal.close()
-        self._catch_up()
+        self._loading.catch_up()
         self._undo.close()
 
     # Loading
-
-    def _run(self) -> None:
-        adopted = 0.0
-        while not self._stop.wait(_TICK_SECONDS):
-            try:
-                with self._loading:
-                    if time.monotonic() - adopted >= _ADOPT_SECONDS:
-                        adopted = time.monotonic()
-                        self.loader.adopt()
-                        self.store.sweep()
-                    if self.loader.due():
-                        self.loader.load_once()
-            except Exception:  # the boundary of the loader thread: it must outlive whatever a disk or an engine does
-                log.exception("the loader failed; it goes on")
-
-    def _catch_up(self) -> None:
-        with self._loading:
-            self.loader.adopt()
-            self.loader.load_once()
 
     def flush(self) -> dict[str, int]:
         """Wait (<= 5 s) until what any process had journalled before the call is loaded: {"loaded", "pending"}."""
@@ -144,7 +122,7 @@ class Collector:
         total = len(wanted)
         deadline = time.monotonic() + _FLUSH_SECONDS
         while wanted and time.monotonic() < deadline:
-            self._catch_up()
+            self._loading.catch_up()
             wanted = {name for name in wanted & self._waiting() if not self.loader.is_loaded(name)}
             if wanted and self._stop.wait(0.02):
                 break
@@ -370,7 +348,7 @@ class Collector:
         "sampled", "calls"}, where `calls` counts all of them. Raises BadInput."""
         if not 1 <= sample <= MAX_SAMPLE:
             raise BadInput(f"sample: must lie between 1 and {MAX_SAMPLE}", param="sample")
-        rows = self.store.unknown_calls(sample, _SAMPLE_CHARACTERS)
+        rows = self._loading.fresh().unknown_calls(sample, _SAMPLE_CHARACTERS)
         parsed = [results.parsed(row, ("input_messages",)) for row in rows]
         with self._lock:
             known = self.registry.templates()
@@ -442,12 +420,13 @@ class Collector:
 
     def export(self, asked: bodies.ExportBody) -> dict[str, Any]:
         """Whole episodes: {"episodes": [{"episode_id", "reward", "spans", "echoes", "rewards"}], "next"}."""
+        self._loading.fresh()
         return transfer.page(self, asked)
 
     def episodes(self, limit: int = 50, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
         """{"episodes": [...], "next"}, newest first. Filters: slot, version, min_reward, max_reward, status."""
         names = ("slot", "version", "min_reward", "max_reward", "status")
-        rows, following = _page(self.store.episodes, "episode_id", limit, cursor, names, filters)
+        rows, following = _page(self._loading.fresh().episodes, "episode_id", limit, cursor, names, filters)
         for row in rows:
             row["status"] = "error" if row["errors"] else "ok"
         return {"episodes": rows, "next": following}
@@ -455,12 +434,12 @@ class Collector:
     def spans(self, limit: int = 50, cursor: str | None = None, **filters: Any) -> dict[str, Any]:
         """{"spans": [...], "next"}, newest first. Filters: episode_id, slot, version, status."""
         names = ("episode_id", "slot", "version", "status")
-        rows, following = _page(self.store.spans, "span_id", limit, cursor, names, filters)
+        rows, following = _page(self._loading.fresh().spans, "span_id", limit, cursor, names, filters)
         return {"spans": rows, "next": following}
 
     def episode(self, episode_id: str) -> dict[str, Any]:
         """One episode. Raises NotFound when neither a call nor a reward names it."""
-        spans, judged = self.store.episode(episode_id)
+        spans, judged = self._loading.fresh().episode(episode_id)
         if not spans and not judged:
             raise NotFound(f"no episode {episode_id!r}", param="episode_id")
         echoes = self.store.echoes(episode_id)
@@ -469,18 +448,18 @@ class Collector:
 
     def episode_otlp(self, episode_id: str) -> dict[str, Any]:
         """The calls of an episode in OTLP's JSON encoding (an ExportTraceServiceRequest). Raises NotFound."""
-        spans, _ = self.store.episode(episode_id)
+        spans, _ = self._loading.fresh().episode(episode_id)
         if not spans:
             raise NotFound(f"no episode {episode_id!r}", param="episode_id")
         return otel.request(sorted(spans, key=lambda row: (row["start_ns"], row["span_id"])))
 
     def unmatched_rewards(self, limit: int = 100) -> list[dict[str, Any]]:
         """Rewards whose target has not been seen (yet), newest first."""
-        return self.store.unmatched_rewards(limit)
+        return self._loading.fresh().unmatched_rewards(limit)
 
     def query(self, sql: str, limit: int = 10_000, page: int | None = None) -> results.Table:
         """One SELECT. Raises QueryError."""
-        return self.store.query(sql, limit, page)
+        return self._loading.fresh().query(sql, limit, page)
 
     def more(self, cursor: str, page: int | None = None) -> results.Table:
         """The next page of a query. Raises NotFound, QueryError."""
@@ -496,18 +475,18 @@ class Collector:
 
     def jobs(self) -> list[dict[str, Any]]:
         """The latest state of every job, newest first."""
-        return [_job(row) for row in self.store.jobs()]
+        return [_job(row) for row in self._loading.fresh().jobs()]
 
     def job(self, job_id: str) -> dict[str, Any]:
         """The latest state of one job. Raises NotFound."""
-        found = self.store.jobs(job_id)
+        found = self._loading.fresh().jobs(job_id)
         if not found:
             raise NotFound(f"no job {job_id!r}", param="job_id")
         return _job(found[0])
 
     def evaluations(self, job_id: str | None = None) -> list[dict[str, Any]]:
         """Paid rollouts."""
-        return self.store.evaluations(job_id)
+        return self._loading.fresh().evaluations(job_id)
 
     def identity(self) -> dict[str, Any]:
         """Whose collector this is, without a look at the store: {"data_dir", "started_ns", "revision"}."""
@@ -522,7 +501,7 @@ class Collector:
         with self._lock:
             slots = self.registry.slots()
         return {
-            **self.store.stats(),
+            **self._loading.fresh().stats(),
             **self.identity(),
             "slots": len(slots),
             "versions": sum(slot["versions"] for slot in slots),

@@ -27,7 +27,9 @@ SCHEMA = (Path(__file__).parent / "schema.sql").read_text()
 SCHEMA_HASH = hashlib.sha256(f"{SCHEMA}{duckdb.__version__}".encode()).hexdigest()
 DATA_ERRORS = (duckdb.InvalidInputException, duckdb.ConversionException)
 _FATAL = (duckdb.FatalException, duckdb.InternalException)
-_FOLD_LINES = 20_000
+_UNMATCHED_SECONDS = 10.0
+_FOLD_LINES = 50_000
+_SMALL = 20_000  # spans; up to that many, counts are exact
 _LATEST_NS = (1 << 63) - 1
 
 R = TypeVar("R")
@@ -69,17 +71,15 @@ SELECT (SELECT count(*) FROM rewards_v WHERE target_kind <> 'episode' AND episod
   + (SELECT count(*) FROM rewards AS r WHERE target_kind = 'episode'
      AND NOT EXISTS (SELECT 1 FROM spans AS s WHERE s.episode_id = r.target_id)) AS unmatched_rewards
 """
-_UNMATCHED_SECONDS = 10.0
-
 _LOADED_DAYS = "SELECT DISTINCT day FROM _segments WHERE day < $before ORDER BY day"
 _ROWS_OF_DAY = """
 SELECT (SELECT count(*) FROM spans WHERE day = $day), (SELECT count(*) FROM rewards WHERE day = $day),
   (SELECT count(*) FROM _segments WHERE day = $day)
 """
 
-_LAST_BATCH = """
-SELECT greatest((SELECT coalesce(max(batch), 0) FROM spans), (SELECT coalesce(max(batch), 0) FROM _segments),
-  (SELECT coalesce(max(batch), 0) FROM _folds))
+_STATE = """
+SELECT greatest((SELECT max(batch) FROM spans), (SELECT max(batch) FROM _segments), (SELECT max(batch) FROM _folds), 0),
+  EXISTS (SELECT 1 FROM spans WHERE source = 'otlp'), (SELECT coalesce(list(day), []) FROM _parts)
 """
 
 # The newest ones, up to a number and up to a size of all their messages.
@@ -143,7 +143,7 @@ class Store:
         self._unfolded = 0  # lines loaded since `episodes` was brought up to date
         self._cursors = paging.Cursors()
         self._unsorted = 0  # bytes of payloads that wait to be sorted
-        self._closed: set[int] = set()  # days that are being written to the archive
+        self._closed: set[int] = set()  # days that are in the archive, or being written to it
         self._unmatched = (0.0, 0)  # (good until, how many)
         self.archive = archive.Archive(self._journal.parent / archive.FOLDER)
         self._con = self._open()
@@ -151,6 +151,7 @@ class Store:
     def reopen(self) -> None:
         """After a fatal error of the engine: close, and open again what is there or a new file."""
         with self._lock:
+            self._behind = True
             with contextlib.suppress(duckdb.Error):
                 self._con.close()
             self._con = self._open()
@@ -242,8 +243,8 @@ class Store:
                 con.execute("INSERT INTO reward_weights VALUES (?, ?)", [name, weight])
             con.execute("COMMIT")
         self.archive.attach(con, self._journal)
-        self._behind = True
-        ((self._batch,),) = con.execute(_LAST_BATCH).fetchall()
+        ((self._batch, self._own_spans, archived),) = con.execute(_STATE).fetchall()
+        self._closed |= set(archived)
         self._unsorted = histories.waiting(con)
         con.execute("SET allowed_directories = ?", [[str(self._journal.resolve()), str(self.archive.path)]])
         con.execute("SET enable_external_access = false")
@@ -314,11 +315,12 @@ class Store:
             cursor.execute("BEGIN")
             try:
                 table = "fresh_payloads" if long else "payloads"
-                insert(cursor, segments, self._batch + 1, frozenset(self._closed), table)
+                insert(cursor, segments, self._batch + 1, self._closed, table, observed=self._own_spans)
                 with self._commits:
                     cursor.execute("COMMIT")
                     self._batch += 1
                     self._behind = True
+                self._own_spans |= any("otlp" in segment.events for segment in segments)
             except duckdb.Error:
                 with contextlib.suppress(duckdb.Error):
                     cursor.execute("ROLLBACK")
@@ -352,7 +354,7 @@ class Store:
         with self._cursor() as cursor:
             cursor.execute("BEGIN")
             try:
-                insert(cursor, [segment], self._batch + 1)
+                insert(cursor, [segment], self._batch + 1, self._closed)
             except DATA_ERRORS:
                 return False
             finally:
@@ -401,7 +403,6 @@ class Store:
             with self._commits:
                 cursor.execute("COMMIT")
                 self.archive.refresh(cursor)
-        self._closed.discard(part.day)
 
     def remove_day(self, day: int) -> None:
         """A day that retention has marked leaves the database."""
@@ -482,7 +483,7 @@ class Store:
             rows = pages.reader(cursor)
             (found,) = rows(_STATS, {})
             until, unmatched = self._unmatched
-            if time.monotonic() >= until or found["spans"] < _FOLD_LINES:
+            if time.monotonic() >= until or found["spans"] < _SMALL:
                 (counted,) = rows(_COUNT_UNMATCHED, {})
                 unmatched = counted["unmatched_rewards"]
                 self._unmatched = (time.monotonic() + _UNMATCHED_SECONDS, unmatched)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import orjson
 import uvicorn
 
+from collector import calm
 from collector.errors import RatchetError
 from collector.journal import FOLDER, Journal
 from collector.lifeline import follow
@@ -76,8 +77,8 @@ def read_spec(raw: bytes) -> Spec:
     )
 
 
-class Server(uvicorn.Server):
-    """uvicorn whose end is asked for by `drain` or `abandon`, not by signal handlers of its own. `patience`: seconds
+class Server(calm.Server):
+    """A server whose end is asked for by `drain` or `abandon`, not by signal handlers of its own. `patience`: seconds
     for a request to arrive."""
 
     patience = 30.0
@@ -88,9 +89,8 @@ class Server(uvicorn.Server):
         yield
 
     async def on_tick(self, counter: int) -> bool:
-        """uvicorn's word for: a tenth of a second has passed. Looks for slow clients each second."""
-        if counter % 10 == 0:
-            patrol(self.server_state.connections, asyncio.get_running_loop().time(), self.patience)
+        """A second has passed. Looks for slow clients."""
+        patrol(self.server_state.connections, asyncio.get_running_loop().time(), self.patience)
         return await super().on_tick(counter)
 
     def drain(self) -> None:
@@ -213,7 +213,7 @@ def _config(app: Any, context: "Context") -> uvicorn.Config:
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=DRAIN,
         callback_notify=each_second,
-        timeout_notify=1,
+        timeout_notify=0,
     )
 
 

@@ -99,7 +99,7 @@ def test_while_clickhouse_is_away_everything_goes_on_and_is_there_afterwards(
         collector.add_version("s", _prompt("u"))
         assert collector.promote("s", _promotion(2)) >= 1
         collector.journal.seal()
-        collector._catch_up()
+        collector._loading.catch_up()
         stats = collector.stats()
         assert stats["spans"] is None
         assert "does not answer" in stats["clickhouse"]

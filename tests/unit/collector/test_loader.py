@@ -1,14 +1,18 @@
+import dataclasses
 import errno
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from collector import loader as loader_module
 from collector.journal import Journal, encode
-from collector.loader import Loader, kind, sift
+from collector.loader import Loader, kind, sift, summary
 from collector.settings import Storage
 from collector.store import Store
 from tests.unit.collector.rows import call, write
@@ -193,17 +197,87 @@ def test_a_process_without_descriptors_blames_no_segment(world: World, monkeypat
     assert world.loader.load_once() == 1
 
 
+def at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """The loader's clock jumps ahead."""
+    real = time.monotonic
+    monkeypatch.setattr(loader_module.time, "monotonic", lambda: real() + seconds)
+
+
 def test_a_batch_is_due_by_size_or_by_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not world.loader.due()
     write(world.data_dir, call(1))
+    assert not world.loader.due(), "nobody waits for it"
+    at(monkeypatch, 5.1)
     assert world.loader.due()
     world.loader.load_once()
     assert not world.loader.due()
     write(world.data_dir, call(2))
-    monkeypatch.setattr(world.loader, "_last", loader_module.time.monotonic() + 60)
     assert not world.loader.due()
-    write(world.data_dir, call(3, tools="x" * (5 << 20)))
+    for number in range(3, 7):
+        write(world.data_dir, call(number, tools="x" * (4 << 20)))
     assert world.loader.due()
+
+
+def test_a_batch_is_due_when_somebody_asks_but_not_at_each_question(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not world.loader.due(asked=True)
+    write(world.data_dir, call(1))
+    assert world.loader.due(asked=True)
+    world.loader.load_once()
+    write(world.data_dir, call(2))
+    assert not world.loader.due(asked=True)
+    at(monkeypatch, 0.6)
+    assert world.loader.due(asked=True)
+
+
+def test_only_what_stays_open_is_looked_at_for_adoption(world: World) -> None:
+    (world.directory / "1-w0-1-aa.open").write_bytes(encode("span", call(1)))
+    assert world.loader.adopt_left() == 0, "its writer may live"
+    assert world.loader.adopt_left() == 1
+    assert world.loader.load_once() == 1
+
+
+def test_a_directory_that_takes_long_to_list_is_listed_seldom(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(world.data_dir, call(1))
+    assert not world.loader.due()
+    world.loader._listing = dataclasses.replace(world.loader._listing, took=0.2)
+    write(world.data_dir, call(2, tools="x" * (17 << 20)))
+    assert not world.loader.due()
+    assert world.loader.load_once() == 2, "what is loaded is what is there"
+    write(world.data_dir, call(3, tools="x" * (17 << 20)))
+    at(monkeypatch, 10.1)
+    assert world.loader.due()
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                encode("span", call(1)),
+                encode("reward", {"a": 1}),
+                encode("job", {}),
+                encode("something-later", {}),
+                encode("span", call(2))[:-30] + b"\n",
+                encode("span", call(3)).replace(b"question", b"quastion"),
+                b"   \n",
+                b"\n",
+                b"torn",
+                b"{}\n",
+                b'{"event":"span","crc":"00000000"}\n',
+            ]
+        )
+    )
+)
+def test_a_segment_summed_up_is_the_segment_sifted(pieces: list[bytes]) -> None:
+    data = b"".join(pieces)
+    good, bad = sift(data)
+    found = summary(data)
+    if found is not None:
+        assert bad == []
+        assert found == (len(good), max(map(len, good), default=0), frozenset(map(kind, good)))
+    known = all(piece.startswith(b'{"event":"') and b"something" not in piece for piece in pieces)
+    assert (found is not None) == (not bad and known)
 
 
 @pytest.mark.parametrize("years", [-20, 20])

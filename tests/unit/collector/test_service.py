@@ -65,7 +65,7 @@ def test_the_loader_thread_outlives_a_crash(tmp_path: Path, monkeypatch: pytest.
     crashed = threading.Event()
     real = made.loader.due
 
-    def crash() -> bool:
+    def crash(*, asked: bool = False) -> bool:
         crashed.set()
         raise RuntimeError("unforeseen")
 
@@ -75,8 +75,8 @@ def test_the_loader_thread_outlives_a_crash(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(made.loader, "due", real)
         write(tmp_path, call(1))
         assert made.flush()["pending"] == 0
-        assert made._thread is not None
-        assert made._thread.is_alive()
+        assert made._loading._thread is not None
+        assert made._loading._thread.is_alive()
     finally:
         made.close()
 
