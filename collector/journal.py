@@ -29,11 +29,17 @@ FOLDER = "journal"  # in the data directory
 OPEN = ".open"
 SEALED = ".ndjson"
 EVENTS = ("span", "reward", "version", "candidate", "deployment", "evaluation", "job", "key", "otlp")
-_OPENINGS = {event: b'{"event":"%b"' % event.encode() for event in EVENTS}
 _CRC_BYTES = len(b',"crc":"00000000"}')
 _STALE_TEMPORARY_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
+
+
+def _opening(event: str) -> bytes:
+    return b'{"event":"%b"' % event.encode()
+
+
+_OPENINGS = {event: _opening(event) for event in EVENTS}
 
 
 def encode(event: str, body: Any) -> bytes:
@@ -42,7 +48,8 @@ def encode(event: str, body: Any) -> bytes:
     Raises TypeError where `body` holds what JSON cannot (a set, an integer of more than 64 bits, a lone surrogate).
     """
     fields = orjson.dumps(body)
-    raw = b"%b,%b" % (_OPENINGS[event], fields[1:-1]) if len(fields) > 2 else _OPENINGS[event]
+    opening = _OPENINGS.get(event) or _opening(event)
+    raw = b"%b,%b" % (opening, fields[1:-1]) if len(fields) > 2 else opening
     return b'%b,"crc":"%08x"}\n' % (raw, crc32(raw))
 
 
