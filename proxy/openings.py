@@ -18,6 +18,7 @@ from proxy.versions import Snapshot
 
 MOST = 4  # beginnings that are kept for each head
 _AGAIN = b'"messages"'
+_ESCAPED = b"\\u00"  # of a letter of ASCII
 
 
 class Opening(NamedTuple):
@@ -32,8 +33,11 @@ class Opening(NamedTuple):
     begun: Begun | None = None  # that message, as it came, read
 
     def fits(self, raw: bytes, model: str | None) -> bool:
-        """Whether a body for `model` begins like this, and says it only once."""
-        return raw.startswith(self.came) and self.model == model and raw.find(_AGAIN, len(self.came)) < 0
+        """Whether a body for `model` begins like this, and names no messages a second time, in plain or escaped."""
+        if not raw.startswith(self.came) or self.model != model:
+            return False
+        at = len(self.came)
+        return raw.find(_AGAIN, at) < 0 and (raw.find(b"\\", at) < 0 or raw.find(_ESCAPED, at) < 0)
 
     def read(self, body: Json) -> Reading | None:
         """The reading of a body that begins like this; None where its dialect has to read it."""

@@ -199,11 +199,14 @@ class Table:
         bucket = _HEADER + _NUMBER(key)[0] % self._buckets * _BUCKET
         top = bucket + _KEYS
         order = mapped[top : top + WAYS]
+        if order[0] == order[1]:  # a new one
+            order = _IN_ORDER
         way = order[0]
         if mapped.find(key, bucket, top) >= 0:
             way = self._own(bucket, key, value, way)
-        if way == order[0] != order[1]:
-            mapped[top : top + WAYS] = order[1:] + order[:1]
+        at = order.find(way)
+        if at >= 0:
+            mapped[top : top + WAYS] = order[:at] + order[at + 1 :] + order[at : at + 1]
         else:
             self._used(bucket, way)
         _PUT_KEY(mapped, bucket + way * KEY, key)
