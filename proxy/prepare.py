@@ -215,8 +215,10 @@ class Prompts:
 
 def _alone(prompts: list[Prompt], now: Snapshot) -> bool:
     """Whether no prompt but the first can be a slot's."""
-    exact = now.exact
-    return len(prompts) == 1 or not any(prompt.text in exact for prompt in prompts[1:])
+    for prompt in prompts[1:]:
+        if len(prompt.text) in now.lengths and prompt.text in now.exact:
+            return False
+    return True
 
 
 def _open(call: Call, body: Body, opening: Opening) -> None:

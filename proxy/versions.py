@@ -97,6 +97,7 @@ class Snapshot:
     keys: tuple[Grant, ...] = ()
     keyed: bool = False  # whether a key was ever made: then they are asked for
     adapters: dict[str, Slot] = field(default_factory=dict)
+    lengths: frozenset[int] = frozenset()  # of the texts in `exact`: a long text need not be hashed to be none of them
     serial: int = field(default_factory=itertools.count(1).__next__, compare=False)  # no two snapshots share one
 
     def assign(self, episode_id: str, revision: int) -> dict[str, Choice]:
@@ -130,6 +131,7 @@ def build(raw: dict[str, Any]) -> Snapshot:
         tuple(_grant(key) for key in raw.get("keys", ())),
         bool(raw.get("keyed", False)),
         adapters,
+        frozenset(map(len, exact)),
     )
 
 
