@@ -215,10 +215,8 @@ class Prompts:
 
 def _alone(prompts: list[Prompt], now: Snapshot) -> bool:
     """Whether no prompt but the first can be a slot's."""
-    for prompt in prompts[1:]:
-        if len(prompt.text) in now.lengths and prompt.text in now.exact:
-            return False
-    return True
+    texts = [prompt.text for prompt in prompts[1:] if len(prompt.text) in now.lengths]
+    return now.exact.keys().isdisjoint(texts) if texts else True
 
 
 def _open(call: Call, body: Body, opening: Opening) -> None:
