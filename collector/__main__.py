@@ -74,11 +74,11 @@ def _begin(settings: Settings) -> tuple[Starlette, Callable[[], None]]:
 
         outpost = Outpost(settings)
         return outpost.app, outpost.close
-    from collector import api
+    from collector import front
     from collector.service import Collector
 
     collector = Collector(settings)
-    return api.create(collector), collector.close
+    return front.create(collector), collector.close
 
 
 def _serve(app: Starlette, socket: str, parent_fd: int | None) -> None:

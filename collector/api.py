@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from collector import bodies, rewards
+from collector import bodies, polling, rewards
 from collector.errors import BadInput, RatchetError
 from collector.part import Part
 from collector.readers import pooled
@@ -21,7 +21,6 @@ from collector.results import ARROW
 from collector.service import MAX_PAGE, MAX_SAMPLE, Collector
 
 MAX_BODY_BYTES = 32 << 20
-MAX_POLL_SECONDS = 25.0
 
 log = logging.getLogger(__name__)
 
@@ -169,30 +168,10 @@ async def deployments(
     request: Request,
     after: Annotated[int | None, Query(description="the revision that the caller has")] = None,
     serial: Annotated[int | None, Query(description="the serial that the caller has")] = None,
-    seconds: Annotated[float, Query(alias="timeout", ge=0, le=60, description="longest wait")] = MAX_POLL_SECONDS,
+    seconds: Annotated[float, Query(alias="timeout", ge=0, le=60, description="longest wait")] = polling.MAX_SECONDS,
 ) -> Response:
     """The registry's snapshot. With `after`, waits (<= 25 s) until it is another than the caller's."""
-    return json_response(await _poll(collector, request.app.state.closing, after, serial, seconds))
-
-
-async def _poll(
-    collector: Collector, closing: asyncio.Event, after: int | None, serial: int | None, seconds: float
-) -> dict[str, Any]:
-    loop = asyncio.get_running_loop()
-    changed = asyncio.Event()
-    stop = collector.on_change(lambda: loop.call_soon_threadsafe(changed.set))
-    try:
-        snapshot = await run_in_threadpool(collector.snapshot)
-        news = after != snapshot["revision"] or serial not in (None, snapshot["serial"])
-        if news or closing.is_set():
-            return snapshot
-        waits = {asyncio.create_task(changed.wait()), asyncio.create_task(closing.wait())}
-        await asyncio.wait(waits, timeout=min(seconds, MAX_POLL_SECONDS), return_when=asyncio.FIRST_COMPLETED)
-        for task in waits:
-            task.cancel()
-        return await run_in_threadpool(collector.snapshot)
-    finally:
-        stop()
+    return json_response(await polling.poll(collector, request.app.state.closing, after, serial, seconds))
 
 
 writing = APIRouter(tags=["writing"])

@@ -7,8 +7,7 @@ import time
 from collector.loader import Loader
 from collector.store import Store
 
-_TICK_SECONDS = 0.5
-_SWEEP_SECONDS = 1.0
+_TICK_SECONDS = 1.0
 _PATIENCE_SECONDS = 1.0  # of a reader, while a batch is loaded
 
 log = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class Loading:
                 if self._stopped:
                     return
                 asked = self._asked
-            sweeps = time.monotonic() - swept >= _SWEEP_SECONDS
+            sweeps = time.monotonic() - swept >= _TICK_SECONDS
             swept = time.monotonic() if sweeps else swept
             try:
                 self._look(sweeps, asked > self._answered)

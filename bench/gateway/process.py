@@ -32,8 +32,8 @@ class NotStarted(Exception):
 @dataclass
 class Target:
     """A running gateway. `boot`: seconds from its start to its first answer; `sent` counts every call that it was sent;
-    `folder` holds what it writes; `drain`: seconds that it gets before its CPU is read; `loaded` says whether what it
-    recorded is where it belongs (always true for one that records nothing)."""
+    `folder` holds what it writes; `drain`: seconds that it gets before its CPU is read, `flush` has it put what it
+    recorded where it belongs by then, `loaded` says whether it has (always true for one that records nothing)."""
 
     name: str
     address: Address
@@ -42,6 +42,7 @@ class Target:
     boot: float = 0.0
     sent: int = 0
     drain: float = 0.5
+    flush: Callable[[], None] = lambda: None
     loaded: Callable[[], bool] = lambda: True
     parts: Mapping[str, str] = field(default_factory=dict)
     meter: cpu.Meter = field(init=False)
@@ -60,6 +61,7 @@ class Target:
 def environment(**more: str) -> dict[str, str]:
     """The caller's, without what would send calls elsewhere."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_CLEAN)}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled
     return {**kept, "PYTHONPATH": str(ROOT), **more}
 
 

@@ -99,6 +99,7 @@ def settle(target: Target) -> dict[str, int]:
         return {}
     deadline = time.monotonic() + SETTLED
     time.sleep(target.drain)
+    target.flush()
     while time.monotonic() < deadline:
         used = _used(target, _idle(target, deadline))
         if target.loaded():
