@@ -151,7 +151,7 @@ class Plan:
 
     def _scored(self, engine: str) -> list[Key]:
         names = [name for name in self.worlds if name in SCORED]
-        return [(engine, name, seed, budget) for name in names for seed in self.seeds for budget in BUDGETS]
+        return [(engine, name, seed, budget) for seed in self.seeds for name in names for budget in BUDGETS]
 
 
 def _key(line: Line) -> Key:

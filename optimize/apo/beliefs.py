@@ -25,9 +25,14 @@ class Beliefs:
         """The sceptic's mean, sd and P(> above) of the subset's reward less the seed's."""
         return self.posterior.sceptical(self._contrast(subset), above, doubt=self.params.doubt)
 
+    @cached_property
+    def worth(self) -> float:
+        """The smallest gain worth searching for, in units of reward: a share of what the seed leaves to gain."""
+        return self.params.worth * max(0.0, 1.0 - self.value(self.pool.seed))
+
     def hope(self, subset: Subset) -> float:
         """P(a gain worth searching for), for whoever wants to stop: at harder odds than `gain`."""
-        return self.posterior.sceptical(self._contrast(subset), self.params.worth, self.params.doubt_to_stop)[2]
+        return self.posterior.sceptical(self._contrast(subset), self.worth, self.params.doubt_to_stop)[2]
 
     def value(self, subset: Subset) -> float:
         """The sceptic's expected reward of the subset."""
@@ -89,7 +94,11 @@ class Beliefs:
     def _worth(self, subset: Subset, index: int) -> float:
         """The sceptic's mean of what a part adds to the others of the subset, if any part does anything."""
         without = self._weights(tuple(other for other in subset if other != index))
-        return self.posterior.sceptical(self._weights(subset) - without, doubt=0.0)[0]
+        return float((self._weights(subset) - without) @ self._earned)
+
+    @cached_property
+    def _earned(self) -> Array:
+        return self.posterior.expected(doubt=0.0)
 
     def _likely(self, subsets: Sequence[Subset]) -> Array:
         """The searcher's P(> 0) of each subset's reward less the seed's."""

@@ -409,19 +409,19 @@ class _Search:
         """Whether a gain worth having has been improbable for a while, in the sceptic's eyes."""
         hope = beliefs.hope(beliefs.leader)
         likely = beliefs.posterior.nothing < 0.5 and beliefs.likely(beliefs.leader) >= self.params.likely
-        if hope >= self.params.hope or likely or len(self.rows) < self._least(self.params.stop_after):
+        spent = len(self.rows) / max(1, self.budget.rollouts)
+        if hope >= self.params.hope * spent**2 or likely or len(self.rows) < self._share(self.params.stop_after):
             self.hopeful = len(self.rows)
-        if len(self.rows) - self.hopeful < self._least(self.params.patience):
+        if len(self.rows) - self.hopeful < self._share(self.params.patience):
             return None
-        return "no gain", f"P(gain > {self.params.worth:g}) is {hope:.2f} after {len(self.rows)} rollouts"
+        return "no gain", f"P(gain > {beliefs.worth:.2f}) is {hope:.2f} after {len(self.rows)} rollouts"
 
-    def _least(self, rollouts: int) -> float:
-        """So many rollouts, or a share of the budget: who has paid for a long search wants small gains found too."""
-        return max(rollouts, self.params.share * self.budget.rollouts)
+    def _share(self, share: float) -> float:
+        return max(self.params.least, share * self.budget.rollouts)
 
     def _converged(self, beliefs: Beliefs) -> tuple[Stop, str] | None:
         """Whether stopping now loses next to nothing."""
-        if len(self.history) % 4 or len(self.rows) < self.params.stop_after or self.dry < self.params.dried:
+        if len(self.history) % 4 or len(self.rows) < self.params.converge_after or self.dry < self.params.dried:
             return None
         loss = beliefs.loss(beliefs.leader, np.random.default_rng(len(self.rows)))
         if loss >= self.params.stop_loss:
@@ -452,7 +452,7 @@ class _Search:
         )
 
     def _result(self, beliefs: Beliefs, stop: Stop, reason: str) -> SearchResult:
-        best = self.pool.seed if stop == "no gain" else self._sure(beliefs)
+        best = self._sure(beliefs)
         leader = beliefs.plain if best == self.pool.seed else best
         gain, sd, p_gain = self._told(beliefs, best)
         return SearchResult(
