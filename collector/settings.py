@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit, urlunsplit
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -352,6 +351,8 @@ def load(
 
 
 def _read(path: Path) -> dict[str, Any]:
+    import yaml  # who is handed its settings needs none
+
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:

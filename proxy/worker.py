@@ -247,7 +247,7 @@ async def _first_deployments(versions: "Versions", server: Server, patience: flo
             if server.should_exit:
                 return
             if time.monotonic() < deadline and error.code not in ELSEWHERE:
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.02)
                 continue
             revision = versions.current.revision
             log.warning("the collector does not answer (%s): serving revision %d from the cache", error.code, revision)
