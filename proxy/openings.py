@@ -17,6 +17,7 @@ from proxy.record import Applied
 from proxy.versions import Snapshot
 
 MOST = 4  # beginnings that are kept for each head
+PATH = ("messages", 0, "content")  # of the prompt that an opening is about
 _AGAIN = b'"messages"'
 _ESCAPED = b"\\u00"  # of a letter of ASCII
 
@@ -32,8 +33,12 @@ class Opening(NamedTuple):
     message: Json
     begun: Begun | None = None  # that message, as it came, read
 
+    def begins(self, raw: bytes, model: str | None) -> bool:
+        """Whether a body for `model` begins like this."""
+        return raw.startswith(self.came) and self.model == model
+
     def fits(self, raw: bytes, model: str | None) -> bool:
-        """Whether a body for `model` begins like this, and names no messages a second time, in plain or escaped."""
+        """The same, and whether it names no messages a second time, in plain or escaped."""
         if not raw.startswith(self.came) or self.model != model:
             return False
         at = len(self.came)
@@ -47,11 +52,12 @@ class Opening(NamedTuple):
 class Openings:
     """Those of one client, under one state of deployments."""
 
-    __slots__ = ("_last", "known")
+    __slots__ = ("_last", "_refused", "known")
 
     def __init__(self) -> None:
         self.known: list[Opening] = []
         self._last: str | None = None  # the first message of the call before
+        self._refused: str | None = None  # one that nothing can be kept of
 
     def find(self, raw: bytes, model: str | None) -> Opening | None:
         """The opening of a body, if it is known."""
@@ -63,16 +69,20 @@ class Openings:
     def learn(self, raw: bytes, reading: Reading, dialect: Dialect, now: Snapshot) -> None:
         """A body went the usual way: whether the next one like it need not. `reading`: of the body as it came."""
         first = reading.prompts[0] if reading.prompts else None
-        if first is None or first.path != ("messages", 0, "content"):
+        if first is None or first.path != PATH:
             return
         if self._last != first.text:  # most that differ once will differ again
             self._last = first.text
             return
+        if first.text == self._refused or any(one.begins(raw, reading.model) for one in self.known):
+            return  # or it is known, and what follows kept it from fitting
         opening = opened(raw, first, reading.model, now)
-        if opening is not None:
-            if dialect.operation != "chat":
-                opening = opening._replace(begun=None)
-            self.known = [opening, *self.known[: MOST - 1]]
+        if opening is None:
+            self._refused = first.text
+            return
+        if dialect.operation != "chat":
+            opening = opening._replace(begun=None)
+        self.known = [opening, *self.known[: MOST - 1]]
 
 
 def opened(raw: bytes, first: Prompt, model: str | None, now: Snapshot) -> Opening | None:
@@ -82,7 +92,7 @@ def opened(raw: bytes, first: Prompt, model: str | None, now: Snapshot) -> Openi
         return None
     came = _until(raw, first.text)
     begun = _parsed(came)
-    if came is None or begun is None:
+    if came is None or begun is None or not _is(begun["messages"][0], first):
         return None
     goes, applied = came, []
     for match in slots.find(now, [first], model):
@@ -99,6 +109,8 @@ def opened(raw: bytes, first: Prompt, model: str | None, now: Snapshot) -> Openi
     whole, sent = _parsed(goes), _parsed(came)
     if whole is None or sent is None or whole != begun:
         return None
+    if goes == came:
+        goes = came
     return Opening(came, goes, model, tuple(applied), whole["messages"][0], Begun.of(sent["messages"][0]))
 
 
@@ -110,11 +122,18 @@ def _until(raw: bytes, text: str) -> bytes | None:
     return raw[:end] if at >= 0 and end > 0 else None
 
 
+def _is(message: Any, first: Prompt) -> bool:
+    return isinstance(message, dict) and (message.get("role"), message.get("content")) == (first.role, first.text)
+
+
 def _parsed(beginning: bytes | None) -> dict[str, Any] | None:
-    """A body of nothing but its beginning; None where that does not end with its first message."""
+    """A body of nothing but its beginning; None where what follows that would not be the second message."""
     try:
-        body = None if beginning is None else orjson.loads(beginning + b"]}")
+        body = None if beginning is None else orjson.loads(beginning + b",null]}")
     except orjson.JSONDecodeError:
         return None
-    sound = isinstance(body, dict) and isinstance(body.get("messages"), list) and len(body["messages"]) == 1
-    return body if sound else None
+    messages = body.get("messages") if isinstance(body, dict) else None
+    if not (isinstance(messages, list) and len(messages) == 2 and messages[1] is None):
+        return None
+    del messages[1]
+    return body

@@ -6,7 +6,7 @@ import orjson
 
 from collector import template
 from collector.errors import NotFound
-from proxy import adapters, inject, members, metrics, prompt_ids, slots
+from proxy import adapters, inject, members, metrics, openings, prompt_ids, slots
 from proxy import table as tables
 from proxy.answer import judge
 from proxy.dialects.base import Json, Prompt
@@ -214,8 +214,8 @@ class Prompts:
 
 
 def _alone(prompts: list[Prompt], now: Snapshot) -> bool:
-    """Whether no prompt but the first can be a slot's."""
-    texts = [prompt.text for prompt in prompts[1:] if len(prompt.text) in now.lengths]
+    """Whether no prompt but that of the first message can be a slot's."""
+    texts = [one.text for one in prompts if len(one.text) in now.lengths and one.path != openings.PATH]
     return now.exact.keys().isdisjoint(texts) if texts else True
 
 

@@ -153,11 +153,8 @@ def _suspect(run: bytes, dialect: Dialect, stripping: bool) -> int:
     for mark in dialect.marks:
         if mark in run:
             first = min(first, run.index(mark))
-    if stripping:
-        at = run.find(b'"choices":[]')  # as most spell it
-        if at < 0 and (empty := _NO_CHOICES.search(run)) is not None:
-            at = empty.start()
-        first = min(first, at) if at >= 0 else first
+    if stripping and (empty := _NO_CHOICES.search(run)) is not None:
+        first = min(first, empty.start())
     if first == len(run):
         return -1
     before = -1 if b"\r" in run else run.rfind(b"\n\n", 0, first)

@@ -1,8 +1,8 @@
 """A small hash table in a mapped file, shared by all workers and by the next ones after a `kill -9`.
 
 Fixed size, sixteen entries a bucket; a full bucket gives up the entry that was used longest ago, so the table holds
-about the last `slots` things and never grows. Writers hold a lock on the file (the kernel drops it when its holder
-dies); readers take none: an entry carries a checksum, and a torn one reads as absent.
+about the last `slots` things and never grows. Whoever changes it, or finds something and so notes its use, holds a lock
+on the file, which the kernel drops when its holder dies. An entry carries a checksum: a torn one reads as absent.
 
     bucket   16 keys of 16 bytes | the numbers of the 16 entries, that used longest ago first | 16 entries
     entry    crc32 (u32) | state (u8) | length (u8) | value (<= 136 bytes)
@@ -105,11 +105,16 @@ class Table:
     def get(self, key: bytes) -> bytes | None:
         """The value, which counts as used now; None where there is none."""
         bucket = self._bucket(key)
+        if self._map.find(key, bucket, bucket + _KEYS) < 0:
+            return None
+        with self._lock:
+            return self._get(bucket, key)
+
+    def _get(self, bucket: int, key: bytes) -> bytes | None:
         for way in self._ways(bucket, key):
             found = self._read(bucket, way, key)
             if found is not None and found[0] == _LIVE:
-                with self._lock:
-                    self._used(bucket, way)
+                self._used(bucket, way)
                 return found[1]
         return None
 
@@ -119,7 +124,7 @@ class Table:
         if held is not None:
             return held
         with self._lock:
-            held = self.get(key)
+            held = self._get(self._bucket(key), key)
             if held is None:
                 self._write(key, value)
             return value if held is None else held
@@ -169,13 +174,12 @@ class Table:
         order = self._map[bucket + _KEYS : bucket + _ENTRIES]
         return order if len({*order}) == WAYS else _IN_ORDER
 
-    def _own(self, bucket: int, key: bytes, value: bytes, oldest: int) -> int:
-        """The entry to write over for a key that is there already: one of its own, once it has half of the bucket."""
+    def _own(self, bucket: int, key: bytes, oldest: int) -> int:
+        """The entry to write over for a key that is there already: its own oldest, once it has half of the bucket."""
         keys = self._map[bucket : bucket + _KEYS]
         if keys.count(key) < WAYS // 2:
             return oldest
-        at = keys.find(key, value[-1] % WAYS * KEY if value else 0)  # any: they all say the same
-        return (at if at >= 0 else keys.find(key)) // KEY
+        return self._ways(bucket, key)[0]
 
     def _used(self, bucket: int, way: int) -> None:
         order, top = self._order(bucket), bucket + _KEYS
@@ -191,8 +195,8 @@ class Table:
         return state, value
 
     def _write(self, key: bytes, value: bytes) -> None:
-        """Into a free entry, else over the oldest one of the bucket; of a key that has half of it already, over one of
-        its own: what thousands say alike must not push out what others rely on."""
+        """Into a free entry, else over the oldest one of the bucket; of a key that has half of it already, over its own
+        oldest: what thousands say alike must not push out what others rely on."""
         if len(key) != KEY or len(value) > VALUE:
             raise ValueError(f"keys are {KEY} bytes and values at most {VALUE}")
         mapped = self._map
@@ -203,7 +207,7 @@ class Table:
             order = _IN_ORDER
         way = order[0]
         if mapped.find(key, bucket, top) >= 0:
-            way = self._own(bucket, key, value, way)
+            way = self._own(bucket, key, way)
         at = order.find(way)
         if at >= 0:
             mapped[top : top + WAYS] = order[:at] + order[at + 1 :] + order[at : at + 1]

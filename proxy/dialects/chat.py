@@ -266,7 +266,8 @@ def _turns(messages: list[Json]) -> list[Turn]:
         return [Turn(False, orjson.dumps(row))]
     turns: list[Turn] = []
     for replying, some in groupby(messages, _replying):
-        turns.append(Turn(replying, orjson.dumps([_told(message) for message in some])))
+        rows = [_told(message) for message in some]
+        turns += [Turn(replying, orjson.dumps(part)) for part in ([[row] for row in rows] if replying else [rows])]
     return turns
 
 

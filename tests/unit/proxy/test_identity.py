@@ -191,3 +191,20 @@ def test_messages_of_any_shape_are_survived(table: Table, messages: Any) -> None
     for dialect in ("chat/completions", "messages"):
         assert call(table, {"messages": messages, "system": messages}, dialect).source == "new"
     assert call(table, {"input": messages, "instructions": messages}, "responses").source == "new"
+
+
+def test_a_conversation_that_goes_on_from_an_answer_begun_by_the_agent_is_one_episode(table: Table) -> None:
+    begun = {"role": "assistant", "content": "It is"}
+    first = answer(table, {"messages": [USER, begun]}, said({"content": "mild."}))
+    rest = [{"role": "assistant", "content": "mild."}, {"role": "user", "content": "Sure?"}]
+    second = call(table, {"messages": [USER, begun, *rest]})
+    assert (second.episode_id, second.source) == (first.episode_id, "chain")
+
+
+def test_a_loop_without_the_users_word_in_between_is_one_episode(table: Table) -> None:
+    messages: list[Any] = [USER]
+    found = []
+    for step in ("one", "two", "three", "four"):
+        found.append(answer(table, {"messages": messages}, said({"content": step})))
+        messages = [*messages, {"role": "assistant", "content": step}]
+    assert len({one.episode_id for one in found}) == 1

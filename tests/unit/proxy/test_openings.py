@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxy import metrics
 from proxy.dialects import KNOWN
 from proxy.identity import NO_TRACE, Identity
 from proxy.openings import Openings, opened
@@ -35,7 +36,8 @@ def snapshot(*texts: str, live: dict[str, float] | None = None, match: dict[str,
 class Served:
     """What becomes of bodies under one state of deployments."""
 
-    def __init__(self, folder: Path, now: Snapshot) -> None:
+    def __init__(self, folder: Path, now: Snapshot, dialect: str = "chat/completions") -> None:
+        self.dialect = KNOWN[dialect]
         self.table = Table(folder / "t", slots=64)
         self.versions = Versions(None, folder / "d", None)  # type: ignore[arg-type]  # nothing is fetched
         self.versions.current = now
@@ -48,19 +50,19 @@ class Served:
         parsed = body.parsed
         assert parsed is not None
         opening = self.openings.find(raw, parsed.get("model")) if short else None
-        reading = (opening and opening.read(parsed)) or CHAT.read(parsed)
-        whole = CHAT.read(orjson.loads(raw))
+        reading = (opening and opening.read(parsed)) or self.dialect.read(parsed)
+        whole = self.dialect.read(orjson.loads(raw))
         assert (reading.model, reading.stream, reading.prompts, reading.turns) == (
             whole.model,
             whole.stream,
             whole.prompts,
             whole.turns,
         )
-        call = Call(route_of("POST", "/v1/chat/completions"), CHAT, NO_TRACE, None, "")
+        call = Call(route_of("POST", "/v1/chat/completions"), self.dialect, NO_TRACE, None, "")
         call.identity, call.body, call.reading = Identity("ep-1", "url"), parsed, reading
         assert self.prompts.at_once(call, body, opening)
         if short and opening is None:
-            self.openings.learn(raw, reading, CHAT, self.versions.current)
+            self.openings.learn(raw, whole, self.dialect, self.versions.current)
         return json.loads(body.raw), call.body, [one.label for one in call.applied]
 
 
@@ -138,3 +140,50 @@ def test_a_slot_of_another_model_does_not_match(tmp_path: Path) -> None:
         raw = orjson.dumps({"messages": [FIRST], "model": model})
         assert [strict.call(raw, short=True)[2] for _ in range(3)] == [versions] * 3
     strict.table.close()
+
+
+X = b'{"role":"system","content":"Be brief."}'
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b'{"messages":[0],"tools":[],"messages":[{"role":"system","content":"Be \\u0062rief.","name":"Be brief."}]}',
+        b'{"messages":[{"role":"system","content":"A"}],"tools":[{"name":"Be brief."}],"messages":[%b]}' % X,
+        b'{"messages":[{"role":"user","content":null}],"tools":[{"name":"Be brief."}],"messages":[%b]}' % X,
+        b'{"messages":[5],"tools":[{"name":"Be brief."}],"messages":[%b]}' % X,
+    ],
+)
+def test_nothing_is_learned_of_a_body_that_names_members_twice(served: Served, odd: bytes) -> None:
+    served.openings = Openings()
+    for _ in range(3):
+        assert served.call(odd, short=True) == served.call(odd, short=False)
+    assert served.openings.known == []
+
+
+def test_what_keeps_a_body_from_fitting_is_not_learned_again_and_again(served: Served) -> None:
+    served.openings = Openings()
+    raw = orjson.dumps({"model": "m", "messages": [FIRST], "tools": [{"messages": "a property"}]})
+    for _ in range(5):
+        served.call(raw, short=True)
+    assert len(served.openings.known) == 1
+
+
+def test_a_prompt_that_stands_elsewhere_is_found_beside_a_known_beginning(tmp_path: Path) -> None:
+    anthropic = Served(tmp_path, snapshot("Be brief.", NEW), dialect="messages")
+    plain = b'{"messages":[{"role":"user","content":"Hi"}],"model":"m"}'
+    for _ in range(3):
+        anthropic.call(plain, short=True)
+    assert anthropic.openings.find(plain, "m") is not None
+    body, _, versions = anthropic.call(plain[:-1] + b',"system":"Be brief."}', short=True)
+    assert (body["system"], versions) == (NEW, ["s@2"])
+    anthropic.table.close()
+
+
+def test_a_prompt_that_stays_as_it_is_is_not_counted_as_replaced(tmp_path: Path) -> None:
+    same = Served(tmp_path, snapshot("Be brief."))
+    raw = orjson.dumps({"model": "m", "messages": [FIRST]})
+    before = metrics.INJECTED.value
+    assert [same.call(raw, short=True)[2] for _ in range(4)] == [["s@1"]] * 4
+    assert metrics.INJECTED.value == before
+    same.table.close()

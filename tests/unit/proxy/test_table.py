@@ -143,3 +143,13 @@ def test_what_was_taken_and_given_back_is_there_once(tmp_path: Path) -> None:
         assert table.take(key("a")) == (None, 1)
         table.give_back(key("b"), b"2")  # pushed out meanwhile
         assert table.take(key("b")) == (b"2", 1)
+
+
+@pytest.mark.parametrize("together", [2, 8])
+def test_conversations_that_run_side_by_side_with_one_prefix_are_each_continued(tmp_path: Path, together: int) -> None:
+    with Table(tmp_path / "t", slots=64) as table:
+        for turn in range(20):
+            for one in range(together):
+                table.add(key("prefix", "Hello"), b"%d-%d" % (turn, one))
+            taken = {table.take(key("prefix", "Hello")).value for _ in range(together)}
+            assert taken == {b"%d-%d" % (turn, one) for one in range(together)}
