@@ -144,9 +144,10 @@ def _evidence(report: PromptReport) -> str:
     row += _cells([f"{verdict.p_value:.4g}", str(verdict.n)])
     names = ["before", "after", "difference", "95% interval", "p", "tasks"]
     header = "".join(f'<th class="n">{name}</th>' for name in names)
+    looked = ", whenever it stops (an e-process; p is 1 / evidence)" if verdict.method == "anytime" else ""
     note = (
         f"Mean reward on held-out tasks, paired; the test allows {verdict.alpha:.0%} false promotions over "
-        f"{verdict.candidates_tried} candidate(s) that reached it."
+        f"{verdict.candidates_tried} candidate(s) that reached it{looked}."
     )
     table = f"<table><tr>{header}</tr><tr>{row}</tr></table>"
     return f'<h2>Evidence</h2>{table}{_interval(low, verdict.diff, high)}<p class="dim">{note}</p>'
