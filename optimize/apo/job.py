@@ -25,6 +25,7 @@ from optimize.apo.proposers import Chain
 from optimize.apo.replay import ProposalLog, ReplyLog, row_of
 from optimize.apo.result import ApoResult, HeldOut, pair_of, write_report
 from optimize.apo.setup import Setup, agent_setup, replay_setup
+from optimize.apo.shorter import Shortened
 from optimize.apo.spec import CANARY_SHARE, ApoSpec, check
 from optimize.apo.state import Proposer
 from optimize.budget import Budget
@@ -124,7 +125,7 @@ class _Work:
     ) -> None:
         self.spec, self.setup, self.client, self.settings = spec, setup, client, settings
         self.search_tasks, self.held = setup.search, setup.held
-        self.engine = Joint(engine_of(spec.engine))
+        self.engine = Joint(Shortened(engine_of(spec.engine)))
         self.origins: dict[str, Origin] = {}
         self.data_dir = Path(settings.store.data_dir)
         self.job = Job(client, job_id, "apo", spec.slot, spec.as_dict())
