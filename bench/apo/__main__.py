@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ MUST = {
     "budget_overshoot": ("<=", 0.0),
 }
 Line = dict[str, Any]
+Key = tuple[str, str, int, int]
+ENGINES = ("ratchet", "gepa", "agentlightning")
 
 
 def ours(name: str, seed: int, budget: int) -> Line:
@@ -89,7 +92,7 @@ def _at(curve: Sequence[tuple[int, float]], rollouts: int) -> float:
     return next((score for spent, score in reversed(curve) if spent <= rollouts), 0.0)
 
 
-def kept(path: Path, worlds: Sequence[str], seeds: int) -> list[Line]:
+def kept(path: Path, worlds: Sequence[str], seeds: Sequence[int]) -> list[Line]:
     """The peers' lines of an earlier run, of these worlds and seeds."""
     with path.open(newline="") as file:
         lines: list[Line] = [
@@ -97,37 +100,66 @@ def kept(path: Path, worlds: Sequence[str], seeds: int) -> list[Line]:
             for line in csv.DictReader(file)
             if line["engine"] != "ratchet"
         ]
-    return [line for line in lines if line["world"] in worlds and line["seed"] < seeds]
+    return [line for line in lines if line["world"] in worlds and line["seed"] in seeds]
 
 
-def collect(
-    worlds: Sequence[str], seeds: int, nulls: int, jobs: int, known: Sequence[Line], journal: Path | None
-) -> list[Line]:
-    """Every run that is not `known`, spread over processes; agentlightning's in an environment of its own, absent where
-    there is none. Each of our own is appended to the `journal` as it is done."""
-    scored = [name for name in worlds if name in SCORED]
-    runs = [(name, seed, budget) for name in scored for seed in range(seeds) for budget in BUDGETS]
-    mine = runs + [(name, seed, BUDGETS[0]) for name, seed in _null_runs(worlds, nulls)]
-    keyed = {(line["engine"], line["world"], line["seed"], line["budget"]): line for line in known}
+def collect(plan: "Plan", jobs: int, known: Sequence[Line], journal: Path | None) -> list[Line]:
+    """Every run of the plan; those that are not `known` are spread over processes. Each is appended to the `journal`
+    as it is done."""
+    keyed = {_key(line): line for line in known}
     with ProcessPoolExecutor(jobs) as pool, _bar() as bar:
-        calls = [pool.submit(ours, *run) for run in mine if ("ratchet", *run) not in keyed]
-        if not any(line["engine"] != "ratchet" for line in known):
-            calls += [pool.submit(theirs, *run) for run in runs]
-            if agentlightning.python() is not None:
-                calls += [pool.submit(agentlightning.runs, name, seeds, BUDGETS) for name in scored]
+        calls = [pool.submit(ours, *run[1:]) for run in plan.mine() if run not in keyed]
+        calls += [pool.submit(theirs, *run[1:]) for run in plan.peer("gepa") if run not in keyed]
+        if agentlightning.python() is not None:
+            missing: dict[str, set[int]] = defaultdict(set)
+            for _, name, seed, _ in (run for run in plan.peer("agentlightning") if run not in keyed):
+                missing[name].add(seed)
+            calls += [pool.submit(agentlightning.runs, name, sorted(seeds), BUDGETS) for name, seeds in missing.items()]
         task = bar.add_task("searches", total=len(calls))
         for call in as_completed(calls):
             done = call.result()
             for line in done if isinstance(done, list) else [done]:
-                keyed[line["engine"], line["world"], line["seed"], line["budget"]] = line
+                keyed[_key(line)] = line
                 _note(journal, line)
             bar.advance(task)
-    wanted = {("ratchet", *run) for run in mine}
-    return [line for key, line in keyed.items() if key in wanted or key[0] != "ratchet"]
+    wanted = [*plan.mine(), *plan.peer("gepa"), *plan.peer("agentlightning")]
+    return [keyed[run] for run in wanted if run in keyed]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which searches a run of the bench needs, each as (engine, world, seed, budget)."""
+
+    worlds: Sequence[str]
+    seeds: Sequence[int]
+    nulls: int
+    engines: Sequence[str]
+
+    def mine(self) -> list[Key]:
+        """Ours: scored worlds at both budgets, null worlds in turn at the smaller one."""
+        if "ratchet" not in self.engines:
+            return []
+        names = [name for name in NULLS if name in self.worlds]
+        nulls = (
+            [(names[run % len(names)], self.seeds[0] + run // len(names)) for run in range(self.nulls)] if names else []
+        )
+        return self._scored("ratchet") + [("ratchet", name, seed, BUDGETS[0]) for name, seed in nulls]
+
+    def peer(self, engine: str) -> list[Key]:
+        """A peer's, on the scored worlds."""
+        return self._scored(engine) if engine in self.engines else []
+
+    def _scored(self, engine: str) -> list[Key]:
+        names = [name for name in self.worlds if name in SCORED]
+        return [(engine, name, seed, budget) for seed in self.seeds for name in names for budget in BUDGETS]
+
+
+def _key(line: Line) -> Key:
+    return line["engine"], line["world"], line["seed"], line["budget"]
 
 
 def _note(journal: Path | None, line: Line) -> None:
-    if journal is not None and line["engine"] == "ratchet":
+    if journal is not None:
         with journal.open("ab") as file:
             file.write(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
 
@@ -136,12 +168,6 @@ def _noted(journal: Path | None) -> list[Line]:
     if journal is None or not journal.exists():
         return []
     return [orjson.loads(line) for line in journal.read_bytes().splitlines()]
-
-
-def _null_runs(worlds: Sequence[str], count: int) -> list[tuple[str, int]]:
-    """`count` null searches, (world, seed), in turn."""
-    names = [name for name in NULLS if name in worlds]
-    return [(names[run % len(names)], run // len(names)) for run in range(count)] if names else []
 
 
 def _bar() -> Progress:
@@ -165,8 +191,9 @@ def measure(result: Result, lines: Sequence[Line]) -> None:
             if gaps:
                 result.measures[f"worlds_above_{peer}_at_{budget}"] = sum(low > 0 for _, low, _ in gaps)
                 result.measures[f"worlds_below_{peer}_at_{budget}"] = sum(high < 0 for _, _, high in gaps)
-    reached = [table[name]["rollouts_to_gepa_1200"] for name in published]
-    result.measures["rollouts_to_gepa_1200_worst_world"] = max((one or float("inf") for one in reached), default=0)
+    reached = [row["rollouts_to_gepa_1200"] for name in published if "rollouts_to_gepa_1200" in (row := table[name])]
+    if reached:
+        result.measures["rollouts_to_gepa_1200_worst_world"] = max(one or float("inf") for one in reached)
     mine = [line for line in lines if line["engine"] == "ratchet"]
     null = [line for line in mine if line["world"] in NULLS]
     if null:
@@ -186,8 +213,7 @@ def measure(result: Result, lines: Sequence[Line]) -> None:
             float(np.mean([one["held_out"] - one["held_out_true"] for one in gated]))
         )
         result.measures["held_out_coverage"] = float(np.mean([line["covered"] for line in gated]))
-    over = [line["rollouts"] - line["budget"] for line in mine]
-    result.measures["budget_overshoot"] = float(max(0, *over))
+    result.measures["budget_overshoot"] = float(max((line["rollouts"] - line["budget"] for line in mine), default=0))
     result.notes["worlds"] = table
 
 
@@ -195,7 +221,7 @@ def _world(by: dict[tuple[str, str, int], dict[int, Line]], name: str) -> dict[s
     row: dict[str, Any] = {}
     for budget in BUDGETS:
         mine = by["ratchet", name, budget]
-        for engine in ("ratchet", "gepa", "agentlightning"):
+        for engine in ENGINES:
             runs = by.get((engine, name, budget))
             if runs:
                 row[f"{engine}_{budget}"] = summary([line["score"] for line in runs.values()])
@@ -203,22 +229,20 @@ def _world(by: dict[tuple[str, str, int], dict[int, Line]], name: str) -> dict[s
                     gaps = [mine[seed]["score"] - line["score"] for seed, line in runs.items()]
                     row[f"minus_{engine}_{budget}"] = summary(gaps)
     curve = np.mean([line["curve"] for line in by["ratchet", name, max(BUDGETS)].values()], axis=0)
-    goal = row[f"gepa_{max(BUDGETS)}"][0]
     row["curve"] = [round(float(score), 4) for score in curve]
-    row["rollouts_to_gepa_1200"] = next((at for at, score in zip(GRID, curve, strict=True) if score >= goal), None)
+    if goal := row.get(f"gepa_{max(BUDGETS)}"):
+        row["rollouts_to_gepa_1200"] = next((at for at, mean in zip(GRID, curve, strict=True) if mean >= goal[0]), None)
     return row
 
 
 def show(result: Result, console: Console) -> None:
     """The worlds' table, then the measures."""
-    table = Table(
-        "world", *(f"{engine} {budget}" for budget in BUDGETS for engine in ("ratchet", "gepa", "agentlightning"))
-    )
+    table = Table("world", *(f"{engine} {budget}" for budget in BUDGETS for engine in ENGINES))
     table.add_column("to gepa's 1,200")
     for name, row in result.notes["worlds"].items():
-        cells = [row.get(f"{engine}_{b}") for b in BUDGETS for engine in ("ratchet", "gepa", "agentlightning")]
+        cells = [row.get(f"{engine}_{b}") for b in BUDGETS for engine in ENGINES]
         shown = [f"{cell[0]:.2f} ({cell[1]:.2f}..{cell[2]:.2f})" if cell else "absent" for cell in cells]
-        table.add_row(name, *shown, str(row["rollouts_to_gepa_1200"]))
+        table.add_row(name, *shown, str(row.get("rollouts_to_gepa_1200", "absent")))
     console.print(table)
     result.show(console)
 
@@ -227,26 +251,30 @@ def main() -> None:
     """Run, write, show."""
     parser = argparse.ArgumentParser(prog="python -m bench.apo", description=__doc__)
     parser.add_argument("--seeds", type=int, default=int(os.environ.get("SEEDS", "10")))
+    parser.add_argument("--first-seed", type=int, default=0, help="for tuning: seeds that no published table uses")
     nulls = int(os.environ.get("NULL_RUNS", "0"))
     parser.add_argument("--nulls", type=int, default=nulls, help="searches in null worlds, in all; default 18 a seed")
     parser.add_argument("--journal", type=Path, help="a file of runs that are done: a broken bench goes on from there")
     parser.add_argument("--keep-peers", action="store_true", help="take the peers' lines from the last apo.csv")
     parser.add_argument("--worlds", default=",".join(SPECS), help="which, by name")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="which, by name; the others' columns stay empty")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    worlds, began = options.worlds.split(","), time.monotonic()
+    worlds, engines, began = options.worlds.split(","), options.engines.split(","), time.monotonic()
     if unknown := set(worlds) - set(SPECS):
         parser.error(f"--worlds: no world {', '.join(sorted(unknown))}; there are {', '.join(SPECS)}")
+    if unknown := set(engines) - set(ENGINES):
+        parser.error(f"--engines: no engine {', '.join(sorted(unknown))}; there are {', '.join(ENGINES)}")
     console = Console()
-    if agentlightning.python() is None and not options.keep_peers:
-        console.print("agentlightning is absent (make .venvs/bench-agentlightning installs it); its columns stay empty")
-    peers = kept(RESULTS / "apo.csv", worlds, options.seeds) if options.keep_peers else []
-    done = _noted(options.journal)
-    lines = collect(
-        worlds, options.seeds, options.nulls or 18 * options.seeds, options.jobs, [*peers, *done], options.journal
-    )
-    result = Result("apo", MUST, notes={"seeds": options.seeds, "peers": "kept" if peers else "run"})
+    if "agentlightning" in engines and agentlightning.python() is None:
+        console.print("agentlightning is absent (make .venvs/bench-agentlightning/.done installs it); what it has not")
+        console.print("run yet stays empty")
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    peers = kept(RESULTS / "apo.csv", worlds, seeds) if options.keep_peers else []
+    plan = Plan(worlds, seeds, options.nulls or 18 * options.seeds, engines)
+    lines = collect(plan, options.jobs, [*peers, *_noted(options.journal)], options.journal)
+    result = Result("apo", MUST, notes={"seeds": options.seeds, "first_seed": options.first_seed})
     measure(result, lines)
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "apo.csv").open("w", newline="") as file:

@@ -16,13 +16,13 @@ def python() -> Path | None:
     return PYTHON if PYTHON.exists() else None
 
 
-def runs(world: str, seeds: int, budgets: Sequence[int]) -> list[dict[str, Any]]:
+def runs(world: str, seeds: Sequence[int], budgets: Sequence[int]) -> list[dict[str, Any]]:
     """One search a seed, read off its curve at each budget."""
-    command = [str(PYTHON), "-m", "bench.apo.agentlightning_peer", world, *map(str, range(seeds))]
+    command = [str(PYTHON), "-m", "bench.apo.agentlightning_peer", world, *map(str, seeds)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if len(found) != seeds:
+    if len(found) != len(seeds):
         raise RuntimeError(f"agentlightning on {world}: {done.stderr[-2000:]}")
     lines = []
     for one in found:

@@ -107,6 +107,7 @@ class World:
     rollouts: int = 0
     _quality: dict[str, float] = field(default_factory=dict)
     _seen: dict[str, "Found"] = field(default_factory=dict)
+    _ends: tuple[float, float] | None = None  # the values of the seed and of the optimum
 
     def __post_init__(self) -> None:
         spec, rng = self.spec, np.random.default_rng([self.seed, 77])
@@ -215,7 +216,7 @@ class World:
 
     def score(self, template: str) -> float:
         """0 for the seed's value, 1 for the optimum's; in a null world the value less the seed's."""
-        floor, top = self.value(SEED_PROMPT), self.optimum()
+        floor, top = self._ends = self._ends or (self.value(SEED_PROMPT), self.optimum())
         gain = self.value(template) - floor
         return gain / (top - floor) if top - floor > 1e-9 else gain
 

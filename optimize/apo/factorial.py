@@ -10,69 +10,28 @@ arrives at the same state without asking for one of them again.
 """
 
 import hashlib
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtr
 
 from collector.errors import BadInput
+from optimize.apo.beliefs import Beliefs
 from optimize.apo.engine import Evaluate, PartReport, Problem, Progress, Row, SearchResult, Stop
-from optimize.apo.model import Array, Evidence, Model, Posterior, Priors
+from optimize.apo.model import Evidence, Model, Posterior
+from optimize.apo.params import Params
 from optimize.apo.parts import Part, atomic, cut, render
-from optimize.apo.pool import Limits, Pool, Subset
+from optimize.apo.pool import Pool, Subset
 from optimize.apo.state import Failure, Proposer, State
 from optimize.apo.templates import guard
 from optimize.apo.trial import Trial
 from optimize.budget import Budget
 from optimize.dataset import Task
 from optimize.evaluation import Outcome, Request
-
-LOSS_DRAWS = 64
-
-
-@dataclass(frozen=True)
-class Params:
-    """How to search. `budget` is in rollouts; rewards are meant to lie in about 0 to 1."""
-
-    budget: int = 400
-    seed: int = 0
-    init: int = 8  # rollouts of the seed before anything else
-    block: int | None = None  # rollouts between two fits; None: 4, then 8 from 200 rollouts, then 12 from 600
-    reps: int = 4  # tasks that see the same prompt in a row: caches of providers and of the store
-    edit_batch: int = 8  # failures shown to an editor at once
-    edit_every: int = 6  # rollouts between two calls at least, doubled up to 4 times while nothing new comes
-    edit_calls: int = 60
-    places: int = 4  # parts at most that are also tried as the last instruction
-    place_after: int = 60  # rollouts before the first of them, and 24 between two
-    thompson: float = 0.7  # standard deviations of a draw, relative to the posterior's
-    success: float = 0.95  # rewards from here on are no failures to learn from
-    confident: float = 0.9  # the sceptic's P(gain > 0) from which a prompt other than the seed is reported,
-    likely: float = 0.95  # or the searcher's, whose prior expects gains: the held-out gate decides, not this
-    doubt: float = 0.25  # the sceptic's prior odds of no effects, against each scale of effects, for what is reported
-    doubt_to_stop: float = 4.0  # the same for whoever wants to stop
-    compare: int = 8  # one in so many blocks goes to the seed, and one to the leader, while the gain is unclear
-    compare_after: int = 40
-    clear: float = 0.98  # P(gain > 0) from which it is clear
-    headroom: float = 0.95  # a seed with this mean reward has nothing to gain
-    headroom_rollouts: int = 40
-    keep: float = 0.005  # reward that an added part must be worth to stay in the result
-    worth: float = 0.03  # smallest gain worth searching for
-    stop_early: bool = True
-    hope: float = 0.25  # P(gain > worth) below which a run has no hope
-    patience: int = 64  # rollouts without hope that end a run, or `share` of the budget where that is more
-    stop_after: int = 120  # rollouts (or that share) before which no run ends for want of hope or by convergence
-    share: float = 1 / 6
-    trial: float = 0.3  # share of the budget for a last direct comparison of leader and seed, if the model is not sure
-    trial_most: int = 180  # pairs in it
-    trial_sd: float = 0.15  # of a leader's gain before the comparison, whose mean is 0
-    dried: int = 3  # calls of an editor without anything new: before, what it may still find is not accounted for
-    stop_loss: float = 0.02  # expected loss of reward that ends a run as converged
-    limits: Limits = field(default_factory=Limits)
-    priors: Priors = field(default_factory=Priors)
 
 
 async def search(
@@ -163,6 +122,7 @@ class _Search:
         self.rows: list[Row] = []
         self.subsets: list[Subset] = []
         self.failures: list[tuple[Failure, Subset, int]] = []
+        self.shown: list[tuple[Failure, Subset, int]] = []  # to an editor, the longest ago first
         self.proposals: list[tuple[Part, ...]] = []
         self.calls = self.dry = self.paid = 0
         self.last_call = 0
@@ -184,22 +144,21 @@ class _Search:
         stop = await self._start()
         if stop is None:
             await self._propose(self.pool.seed)
-        posterior = self._fit()
+        beliefs = self._fit()
         while stop is None:
-            leader = self.pool.best(posterior.mean)
-            self._report(posterior, leader)
-            stop = self._why_stop(posterior, leader)
-            if await self._tried(posterior, leader, stop):
-                posterior, stop = self._fit(), None
+            self._report(beliefs)
+            stop = self._why_stop(beliefs)
+            if await self._tried(beliefs, stop):
+                beliefs = self._fit()
                 continue
             if stop is not None:
                 break
-            await self._roll(self._design(posterior, leader))
+            await self._roll(self._design(beliefs))
             if self._proposal_due():
-                await self._propose(leader)
-            self._place(posterior, leader)
-            posterior = self._fit()
-        return self._result(posterior, *stop)
+                await self._propose(beliefs.leader)
+            self._place(beliefs)
+            beliefs = self._fit()
+        return self._result(beliefs, *stop)
 
     async def _start(self) -> tuple[Stop, str] | None:
         """The seed's own rollouts, and the headroom check: more of them where all of the first were right."""
@@ -217,17 +176,17 @@ class _Search:
     def _seed_mean(self) -> float:
         return float(np.mean([row.score for row in self.rows])) if self.rows else 0.0
 
-    def _fit(self) -> Posterior:
+    def _fit(self) -> Beliefs:
         posterior = self.model.fit(self.evidence, self.pool.traits(len(self.tasks), self.params.priors))
         self.pool.admit(posterior)
-        return posterior
+        return Beliefs(posterior, self.pool, self.params)
 
     def _block(self) -> int:
         if self.params.block is not None:
             return self.params.block
         return 4 if len(self.rows) < 200 else 8 if len(self.rows) < 600 else 12
 
-    def _design(self, posterior: Posterior, leader: Subset) -> list[tuple[Subset, int]]:
+    def _design(self, beliefs: Beliefs) -> list[tuple[Subset, int]]:
         """The next block: Thompson subsets, each for up to `reps` of the least-used tasks.
 
         While it is unclear whether the leader is any better than the seed, some rollouts compare just these two: draws
@@ -235,9 +194,9 @@ class _Search:
         """
         pairs: list[tuple[Subset, int]] = []
         taken: set[int] = set()
-        compared = self._compared(posterior, leader)
+        compared = self._compared(beliefs)
         while len(pairs) < self._block():
-            subset = compared.pop() if compared else self._drawn(posterior)
+            subset = compared.pop() if compared else self._drawn(beliefs.posterior)
             count = min(self.params.reps, self._block() - len(pairs))
             chosen = self._pick(count, frozenset(taken), subset)
             taken.update(chosen)
@@ -248,31 +207,32 @@ class _Search:
         values = posterior.draw(self.rng, self.params.thompson)
         return self.pool.probe(self.pool.best(values), values, self.rng)
 
-    def _compared(self, posterior: Posterior, leader: Subset) -> list[Subset]:
+    def _compared(self, beliefs: Beliefs) -> list[Subset]:
         """The seed or the leader, each in one of `compare` blocks, while the gain is unclear."""
         self.blocks += 1
         if self.blocks % self.params.compare > 1 or len(self.rows) < self.params.compare_after:
             return []
-        if self._gain(posterior, leader)[2] > self.params.clear:
+        if beliefs.gain(beliefs.leader)[2] > self.params.clear:
             return []
-        return [(self.pool.seed, leader)[self.blocks % self.params.compare]]
+        return [(self.pool.seed, beliefs.leader)[self.blocks % self.params.compare]]
 
-    def _place(self, posterior: Posterior, leader: Subset) -> None:
+    def _place(self, beliefs: Beliefs) -> None:
         """Has the strongest part that has not been tried there tried as the last instruction."""
         placed = self.pool.placed()
         if len(placed) >= self.params.places or len(self.rows) < self.params.place_after + 24 * len(placed):
             return
+        means = beliefs.posterior.mean
         lines = [
             index
-            for index in leader
+            for index in beliefs.leader
             if self.pool.parts[index].kind in ("instruction", "format")
             and not self.pool.parts[index].last
             and self.pool.parts[index].id not in placed
         ]
-        if len(leader) > 1 and lines:
-            self.pool.place_last(max(lines, key=lambda index: float(posterior.mean[self.pool.feature(index)])))
+        if len(beliefs.leader) > 1 and lines:
+            self.pool.place_last(max(lines, key=lambda index: float(means[self.pool.feature(index)])))
 
-    async def _tried(self, posterior: Posterior, leader: Subset, stop: tuple[Stop, str] | None) -> bool:
+    async def _tried(self, beliefs: Beliefs, stop: tuple[Stop, str] | None) -> bool:
         """Compares leader and seed directly where the last share of the budget is reached unsure.
 
         Draws seldom hold the seed alone, and rules that help only together look useless one by one: what the model does
@@ -282,10 +242,10 @@ class _Search:
         if stop is not None or self.last_trial or self.budget.left > 2 * pairs:
             return False
         pairs = min(pairs, self.budget.left // 2)
-        if pairs < 2 or leader == self.pool.seed or self._convinced(posterior, leader):
+        if pairs < 2 or beliefs.leader == self.pool.seed or beliefs.reported != self.pool.seed:
             return False
         self.last_trial = True
-        self.trial = await self._trial(self._plain(posterior, leader), pairs)
+        self.trial = await self._trial(beliefs.plain, pairs)
         self.hopeful = len(self.rows)
         return True
 
@@ -374,22 +334,29 @@ class _Search:
         return self.calls < self.params.edit_calls and len(self.rows) - self.last_call >= wait
 
     async def _propose(self, subset: Subset) -> None:
-        """Asks for parts, with the newest failures where enough have gathered; guards them; counts citations."""
-        enough = self.params.edit_batch if not self.whole else max(1, self.params.edit_batch // 2)
-        batch = self.failures[-self.params.edit_batch :] if len(self.failures) >= enough else []
+        """Asks for parts, with the newest failures where enough have gathered; guards them; counts citations.
+
+        Where failures are rare, half a batch is enough; those that were shown longest ago fill it up.
+        """
+        batch = self.failures[-self.params.edit_batch :]
+        if len(batch) < max(1, self.params.edit_batch // 2):
+            batch = []
+        elif not self.whole:
+            batch = [*batch, *self.shown[: self.params.edit_batch - len(batch)]]
         self.last_call = len(self.rows)
         if self.replay_proposals:
             proposed = self.replay_proposals.pop(0)
         else:
             proposed = await self.proposer.propose(self._state(subset, [failure for failure, _, _ in batch]))
         self.proposals.append(tuple(proposed))
-        if batch:
-            self.whole = any(part.kind == "rewrite" for part in proposed)
         added, cited = self._harvest(proposed)
-        if batch:
-            self.calls += 1
-            self.dry = 0 if added else self.dry + 1
-            self.failures.clear()
+        if not batch:
+            return
+        self.whole = any(part.kind == "rewrite" for part in proposed)
+        self.calls += 1
+        self.dry = 0 if added else self.dry + 1
+        self.failures.clear()
+        self.shown = [*(one for one in self.shown if one not in batch), *batch][-4 * self.params.edit_batch :]
         for _, shown, task in batch:
             self.pool.show(shown, task, [index for index, tasks in cited if self.tasks[task].id in tasks])
 
@@ -419,29 +386,6 @@ class _Search:
         seed = [self.pool.parts[index] for index in self.pool.seed]
         return guard(self.seed, render(self.pool.skeleton, [*seed, part]), texts)
 
-    def _gain(self, posterior: Posterior, subset: Subset) -> tuple[float, float, float]:
-        """The sceptic's mean, sd and P(> 0) of the subset's reward less the seed's."""
-        return posterior.sceptical(self._contrast(subset), doubt=self.params.doubt)
-
-    def _likely(self, posterior: Posterior, subset: Subset) -> float:
-        """The searcher's P(> 0) of the subset's reward less the seed's."""
-        mean, sd = posterior.contrast(self._contrast(subset))
-        return _normal_cdf(mean / sd) if sd > 0 else 0.0
-
-    def _convinced(self, posterior: Posterior, subset: Subset) -> bool:
-        """Whether the subset may be reported in place of the seed."""
-        gain, _, p_gain = self._gain(posterior, subset)
-        sure = p_gain >= self.params.confident or self._likely(posterior, subset) >= self.params.likely
-        return sure and gain > 0
-
-    def _contrast(self, subset: Subset) -> Array:
-        return self._weights(subset) - self._weights(self.pool.seed)
-
-    def _weights(self, subset: Subset) -> Array:
-        weights = np.zeros(self.evidence.features)
-        weights[self.pool.features(subset)] = 1.0
-        return weights
-
     def _broken(self) -> tuple[Stop, str] | None:
         """An agent that fails (crashes, times out, gives no reward) is not a prompt's fault: stop and say why."""
         recent = self.rows[-24:]
@@ -452,48 +396,45 @@ class _Search:
         why = Counter(row.reason or "no reason given" for row in failed).most_common(1)[0][0]
         return "failures", f"{len(failed)} of {len(self.rows)} rollouts failed: {why}"
 
-    def _why_stop(self, posterior: Posterior, leader: Subset) -> tuple[Stop, str] | None:
+    def _why_stop(self, beliefs: Beliefs) -> tuple[Stop, str] | None:
         if broken := self._broken():
             return broken
         if self.spent or self.budget.left == 0 or len(self.rows) >= 4 * max(1, self.budget.rollouts):
             return "budget", f"{self.paid} rollouts are spent"
         if not self.params.stop_early:
             return None
-        return self._hopeless(posterior, leader) or self._converged(posterior, leader)
+        return self._hopeless(beliefs) or self._converged(beliefs)
 
-    def _hopeless(self, posterior: Posterior, leader: Subset) -> tuple[Stop, str] | None:
+    def _hopeless(self, beliefs: Beliefs) -> tuple[Stop, str] | None:
         """Whether a gain worth having has been improbable for a while, in the sceptic's eyes."""
-        *_, hope = posterior.sceptical(self._contrast(leader), self.params.worth, self.params.doubt_to_stop)
-        likely = posterior.nothing < 0.5 and self._likely(posterior, leader) >= self.params.likely
-        if hope >= self.params.hope or likely or len(self.rows) < self._least(self.params.stop_after):
+        hope = beliefs.hope(beliefs.leader)
+        likely = beliefs.posterior.nothing < 0.5 and beliefs.likely(beliefs.leader) >= self.params.likely
+        spent = len(self.rows) / max(1, self.budget.rollouts)
+        if hope >= self.params.hope * spent**2 or likely or len(self.rows) < self._share(self.params.stop_after):
             self.hopeful = len(self.rows)
-        if len(self.rows) - self.hopeful < self._least(self.params.patience):
+        if len(self.rows) - self.hopeful < self._share(self.params.patience):
             return None
-        return "no gain", f"P(gain > {self.params.worth:g}) is {hope:.2f} after {len(self.rows)} rollouts"
+        return "no gain", f"P(gain > {beliefs.worth:.2f}) is {hope:.2f} after {len(self.rows)} rollouts"
 
-    def _least(self, rollouts: int) -> float:
-        """So many rollouts, or a share of the budget: who has paid for a long search wants small gains found too."""
-        return max(rollouts, self.params.share * self.budget.rollouts)
+    def _share(self, share: float) -> float:
+        return max(self.params.least, share * self.budget.rollouts)
 
-    def _converged(self, posterior: Posterior, leader: Subset) -> tuple[Stop, str] | None:
-        """Whether stopping now loses next to nothing: the mean over draws of best value less the leader's value."""
-        if len(self.history) % 4 or len(self.rows) < self.params.stop_after or self.dry < self.params.dried:
+    def _converged(self, beliefs: Beliefs) -> tuple[Stop, str] | None:
+        """Whether stopping now loses next to nothing."""
+        if len(self.history) % 4 or len(self.rows) < self.params.converge_after or self.dry < self.params.dried:
             return None
-        mine, loss, rng = self._weights(leader), 0.0, np.random.default_rng(len(self.rows))
-        for _ in range(LOSS_DRAWS):
-            values = posterior.draw(rng, 1.0)
-            loss += max(0.0, float((self._weights(self.pool.best(values)) - mine) @ values)) / LOSS_DRAWS
+        loss = beliefs.loss(beliefs.leader, np.random.default_rng(len(self.rows)))
         if loss >= self.params.stop_loss:
             return None
         return "converged", f"stopping after {len(self.rows)} rollouts loses {loss:.3f} on average"
 
-    def _report(self, posterior: Posterior, leader: Subset) -> None:
-        gain, sd, p_gain = self._gain(posterior, leader)
+    def _report(self, beliefs: Beliefs) -> None:
+        best = self._sure(beliefs)
+        gain, sd, p_gain = self._told(beliefs, best)
         self.history.append((len(self.rows), gain, p_gain))
         if self.on_progress is None:
             return
         seconds = time.monotonic() - self.started
-        held = self.pool.render(self._sure(posterior, leader))
         self.on_progress(
             Progress(
                 rollouts=self.paid,
@@ -503,25 +444,23 @@ class _Search:
                 gain=gain,
                 gain_sd=sd,
                 p_gain=p_gain,
-                best_template=held,
+                best_template=self.pool.render(best),
                 recent=float(np.mean([row.score for row in self.rows[-20:]])) if self.rows else 0.0,
                 seconds=seconds,
                 eta_seconds=seconds / self.paid * self.budget.left if self.paid else None,
             )
         )
 
-    def _result(self, posterior: Posterior, stop: Stop, reason: str) -> SearchResult:
-        leader, doubt = self._plain(posterior, self.pool.best(posterior.mean)), self.params.doubt
-        gain, sd, p_gain = self._gain(posterior, leader)
-        best = self._sure(posterior, leader)
-        if best not in (leader, self.pool.seed) and self.trial is not None:
-            leader, gain, sd, p_gain = best, self.trial.mean, self.trial.sd, self.trial.p_above(0.0)
+    def _result(self, beliefs: Beliefs, stop: Stop, reason: str) -> SearchResult:
+        best = self._sure(beliefs)
+        leader = beliefs.plain if best == self.pool.seed else best
+        gain, sd, p_gain = self._told(beliefs, best)
         return SearchResult(
             seed_template=self.seed,
             best_template=self.pool.render(best),
             best_parts=tuple(self.pool.parts[index] for index in best),
             leader_template=self.pool.render(leader),
-            value=posterior.base(doubt) + posterior.sceptical(self._weights(leader), doubt=doubt)[0],
+            value=beliefs.value(leader),
             gain=gain,
             gain_sd=sd,
             p_gain=p_gain,
@@ -529,42 +468,27 @@ class _Search:
             stop=stop,
             reason=reason,
             calls=self.calls,
-            parts=self._table(posterior, best),
+            parts=self._table(beliefs.posterior, best),
             rejected=tuple(self.pool.rejected),
             history=tuple(self.history),
             rows=tuple(self.rows),
             proposals=tuple(self.proposals),
         )
 
-    def _sure(self, posterior: Posterior, leader: Subset) -> Subset:
-        """What may be reported: the leader the model is sure of, else what a comparison was sure of, else the seed."""
-        if self._convinced(posterior, leader):
-            return leader
-        if self.trial is not None and self.trial.p_above(0.0) >= self.params.confident:
+    def _sure(self, beliefs: Beliefs) -> Subset:
+        """What may be reported: what the model is sure of, else what a comparison was sure of, else the seed."""
+        best = beliefs.reported
+        if best == self.pool.seed and self.trial is not None and self.trial.p_above(0.0) >= self.params.confident:
             return self.trial.leader
-        return self.pool.seed
+        return best
 
-    def _plain(self, posterior: Posterior, leader: Subset) -> Subset:
-        """The leader without the additions that the sceptic gives nothing for: nobody wants to read those in a prompt.
-
-        The search includes what it merely hopes for, because including is how it learns; the result need not.
-        """
-        kept = leader
-        while True:
-            added = [index for index in kept if index not in self.pool.seed]
-            extras = [index for index in added if self.pool.parts[index].kind != "rewrite"]
-            worth = {index: self._worth(posterior, kept, index) for index in extras}
-            least = min(worth, key=lambda index: worth[index], default=None)
-            if least is None or worth[least] >= self.params.keep:
-                break
-            kept = tuple(index for index in kept if index != least)
-        sound = self.pool.render(kept).strip() and self._convinced(posterior, kept)
-        return kept if sound else leader
-
-    def _worth(self, posterior: Posterior, subset: Subset, index: int) -> float:
-        """The sceptic's mean of what a part adds to the others of the subset."""
-        without = self._weights(tuple(other for other in subset if other != index))
-        return posterior.sceptical(self._weights(subset) - without, doubt=self.params.doubt)[0]
+    def _told(self, beliefs: Beliefs, best: Subset) -> tuple[float, float, float]:
+        """Gain, sd and P(gain > 0) of what is reported, or of what leads while the seed is held."""
+        if self.trial is not None and best == self.trial.leader and beliefs.reported != best:
+            return self.trial.mean, self.trial.sd, self.trial.p_above(0.0)
+        shown = beliefs.plain if best == self.pool.seed else best
+        gain, sd, _ = beliefs.gain(shown)
+        return gain, sd, beliefs.likely(shown)
 
     def _table(self, posterior: Posterior, best: Subset) -> tuple[PartReport, ...]:
         reports = []
@@ -573,7 +497,7 @@ class _Search:
             weights = np.zeros(self.evidence.features)
             weights[self.pool.feature(index)] = 1.0
             mean, sd = posterior.contrast(weights)
-            reports.append(PartReport(part, mean, sd, _normal_cdf(mean / sd), uses[index], index in best))
+            reports.append(PartReport(part, mean, sd, float(ndtr(mean / sd)), uses[index], index in best))
         return tuple(sorted(reports, key=lambda report: -report.mean))
 
 
@@ -593,7 +517,3 @@ def _affordable(asked: list[Any], granted: int) -> list[Any]:
             granted -= 1
         kept.append(item)
     return kept
-
-
-def _normal_cdf(z: float) -> float:
-    return 0.5 * math.erfc(-z / math.sqrt(2.0))

@@ -179,6 +179,11 @@ class Posterior:
         z = np.where(sds > 0, (means - above) / np.maximum(sds, 1e-12), -np.inf)
         return mean, math.sqrt(max(0.0, variance)), float(share @ ndtr(z))
 
+    def expected(self, doubt: float = 1.0) -> Array:
+        """The sceptic's means (J,) of the values."""
+        means: Array = self._shares(doubt) @ np.array([belief.mean for belief in self.doubts])
+        return means
+
     def base(self, doubt: float = 1.0) -> float:
         """The sceptic's expected reward of the empty set."""
         return float(self._shares(doubt) @ np.array([belief.base for belief in self.doubts]))

@@ -46,6 +46,8 @@ class Pool:
         self._gate = evidence.grow()
         self._shown: list[Shown] = []
         self._born: list[int] = []
+        self._tokens: list[int] = []
+        self._tied: set[int] = set()  # parts with more than one feature: their own, and an ancestor's or the gate
         self._admitted: set[int] = set()
         self._pinned = [Part(f"pinned-{index}", "sentence", text) for index, text in enumerate(skeleton.pinned)]
         for part in sentences:
@@ -122,6 +124,9 @@ class Pool:
 
     def _append(self, part: Part) -> int:
         self.parts.append(part)
+        self._tokens.append(part.tokens)
+        if part.parent is not None or part.kind == DEMONSTRATIONS:
+            self._tied.add(len(self.parts) - 1)
         self._feature.append(self.evidence.grow())
         self._born.append(len(self._shown))
         return len(self.parts) - 1
@@ -140,6 +145,8 @@ class Pool:
 
     def features(self, subset: Subset) -> list[int]:
         """The model's features of a subset: its parts, their ancestors, and the gate if it has demonstrations."""
+        if self._tied.isdisjoint(subset):
+            return [self._feature[index] for index in subset]
         chosen = set(subset)
         for index in subset:
             parent = self.parts[index].parent
@@ -182,7 +189,7 @@ class Pool:
         for index, part in enumerate(self.parts):
             if part.last:
                 net[index] += values[self._feature[self._base(index)]] if index in self._admitted else -np.inf
-        net -= self.limits.token_price * np.array([part.tokens for part in self.parts])
+        net -= self.limits.token_price * np.array(self._tokens)
         chosen = self._lines(net, ("instruction", "format")) + self._shots(net, float(values[self._gate]))
         sentences = self._lines(net, ("sentence",))
         rewrite, worth = self._rewrite(values)
@@ -191,7 +198,11 @@ class Pool:
         else:
             chosen = self._exclusive([*chosen, *sentences], net)
         subset = tuple(sorted(chosen))
-        return subset if self.render(subset).strip() else (max(self.seed, key=lambda index: float(net[index])),)
+        return (
+            subset
+            if self._pinned or self.render(subset).strip()
+            else (max(self.seed, key=lambda index: float(net[index])),)
+        )
 
     def _lines(self, net: Array, kinds: tuple[str, ...]) -> list[int]:
         wanted = [index for index, part in enumerate(self.parts) if part.kind in kinds and net[index] > 0]
