@@ -165,6 +165,7 @@ class _Listener:
             self.batcher.cancel([self.row])
             over = True
         if over:
+            self.row = None  # a row holds megabytes, and in a circle it would stay until the collector comes by
             self.told(self.text)
 
 
