@@ -3,11 +3,11 @@
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from optimize.gate import Comparison, Verdict
 
@@ -108,6 +108,28 @@ def write(report: PromptReport, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(report), encoding="utf-8")
     return path
+
+
+def as_json(report: PromptReport) -> dict[str, Any]:
+    """What the page draws, for programs: lineage, score against rollouts, parts and refusals with their reasons, the
+    difference of the prompts, and on how many held-out tasks the new one did better and worse."""
+    lines = report.seed_template.splitlines(), report.best_template.splitlines()
+    names = ("id", "parent", "template", "score", "rollouts", "reason")
+    wins, losses = _wins(report.pairs)
+    return {
+        "lineage": [{name: getattr(one, name) for name in names} for one in report.candidates],
+        "history": [asdict(point) for point in report.history],
+        "parts": [asdict(part) for part in report.parts],
+        "rejected": [{"text": text, "reason": why} for text, why in report.rejected],
+        "diff": list(difflib.unified_diff(*lines, "before", "after", lineterm="")),
+        "wins": wins,
+        "losses": losses,
+    }
+
+
+def _wins(pairs: Sequence[Pair]) -> tuple[int, int]:
+    """Held-out tasks on which the new prompt did better, and worse."""
+    return sum(pair.after > pair.before for pair in pairs), sum(pair.after < pair.before for pair in pairs)
 
 
 def page(report: PromptReport) -> str:
@@ -269,8 +291,7 @@ def _parts(report: PromptReport) -> str:
 def _tasks(report: PromptReport) -> str:
     if not report.pairs:
         return ""
-    wins = sum(pair.after > pair.before for pair in report.pairs)
-    losses = sum(pair.after < pair.before for pair in report.pairs)
+    wins, losses = _wins(report.pairs)
     header = (
         '<tr><th>task</th><th class="n">before</th><th class="n">after</th><th>answer before</th><th>after</th></tr>'
     )

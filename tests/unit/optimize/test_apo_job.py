@@ -88,6 +88,11 @@ def test_the_report_is_written_beside_the_data(tmp_path: Path, world: World) -> 
     beside = json.loads(done.report.with_suffix(".json").read_text())
     assert beside["report"] == str(done.report)
     assert len(beside["pairs"]) == 10
+    assert (beside["wins"], beside["losses"], beside["holdout"]["method"]) == (10, 0, "fixed")
+    assert [(one["id"], one["parent"]) for one in beside["lineage"]] == [("seed", None), ("best", "seed")]
+    assert all(part["reason"] for part in beside["parts"])
+    assert len(beside["history"]) > 1
+    assert "-" + SEED in beside["diff"]
 
 
 def test_the_budget_is_never_overshot(tmp_path: Path, world: World) -> None:
@@ -311,7 +316,7 @@ def test_replicates_are_means_of_each_held_out_task(tmp_path: Path, world: World
 
 
 def test_an_anytime_gate_ends_as_soon_as_the_gain_is_proven_and_says_so(tmp_path: Path, world: World) -> None:
-    done = run(world, tmp_path, spec(tmp_path, gate="anytime", holdout=18))
+    done = run(world, tmp_path, spec(tmp_path, gate="anytime", holdout=18, budget=48))
     arms = Counter(event["arm"] for event in world.evaluations(done.job_id))
     assert arms["baseline"] == arms["candidate"] == done.gate.n < 18
     assert (done.verdict, done.promoted, done.gate.method) == ("promote", True, "anytime")
@@ -320,11 +325,11 @@ def test_an_anytime_gate_ends_as_soon_as_the_gain_is_proven_and_says_so(tmp_path
     assert done.notes[-1] in page and "whenever it stops" in page
 
 
-@pytest.mark.parametrize("at", [27, 34])
+@pytest.mark.parametrize("at", [30, 53])
 def test_an_anytime_gate_that_died_goes_on_with_the_same_tasks_to_the_same_end(
     tmp_path: Path, world: World, at: int
 ) -> None:
-    asked = spec(tmp_path, gate="anytime", holdout=18)
+    asked = spec(tmp_path, gate="anytime", holdout=18, budget=48)
     whole = run(world, tmp_path, asked, job_id="job-0")
     fresh = World(model)
 
