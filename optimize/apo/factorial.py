@@ -2,8 +2,8 @@
 
 A hierarchical Bayesian model (`model.py`) turns the rollouts into beliefs about parts; Thompson draws choose the next
 subsets; proposers add parts as failures gather. No argmax over noisy candidates: the reported prompt is the subset with
-the highest posterior mean, and it is the seed itself until P(gain > 0) >= 0.9. What it reports is still an estimate on
-search tasks: promotion is for `optimize.gate`, on tasks that the search has not seen.
+the highest posterior mean, or the surest part of it, or the seed itself until P(gain > 0) >= 0.9 (`beliefs.py`). What
+it reports is still an estimate on search tasks: promotion is for `optimize.gate`, on tasks that no search has seen.
 
 Deterministic given the seed, the outcomes and the proposals; with the logged rows and proposals of a broken run it
 arrives at the same state without asking for one of them again.

@@ -76,11 +76,12 @@ def test_the_result_carries_no_addition_that_earned_nothing() -> None:
 
 
 def test_null_worlds_keep_the_seed_or_fail_the_gate_and_many_stop_early() -> None:
-    promoted, early = 0, 0
+    promoted, early, spent = 0, 0, 0
     for seed in range(4):
         world = World(SPECS["null-low"], seed)
         found = run(world, Params(budget=400, seed=seed))
         early += found.stop == "no gain"
+        spent += found.rollouts
         held = [Task(f"h{index}", {}, f"h{index}") for index in range(60)]
         world.needs.update({task.id: world.needs["t0"] for task in held})
         pairs = [
@@ -89,7 +90,25 @@ def test_null_worlds_keep_the_seed_or_fail_the_gate_and_many_stop_early() -> Non
         ]
         promoted += decide(*pairs).decision == "promote"
     assert early >= 2
+    assert spent <= 0.85 * 4 * 400
     assert promoted <= 1  # the gate errs in 5 % of cases: two of four would be news
+
+
+def test_rare_failures_are_shown_to_the_editor_soon_and_again() -> None:
+    world = World(replace(SPECS["null"], base=0.85), 2)
+    shown: list[tuple[str, ...]] = []
+
+    class Watched(Editor):
+        async def propose(self, state: State) -> list[Part]:
+            shown.append(tuple(failure.task.id for failure in state.failures))
+            return await super().propose(state)
+
+    params = Params(budget=160, stop_early=False)
+    asyncio.run(search(SEED_PROMPT, world.tasks, world.evaluate, Watched(world), params))
+    batches = [batch for batch in shown if batch]
+    assert 4 <= len(batches[0]) < params.edit_batch  # half a batch is enough for the first
+    assert {len(batch) for batch in batches[2:]} == {params.edit_batch}
+    assert set(batches[1]) & set(batches[0])
 
 
 def test_a_seed_that_is_nearly_perfect_costs_forty_rollouts_and_no_more() -> None:
