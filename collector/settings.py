@@ -198,6 +198,8 @@ class Gate(Section):
 
     alpha: float = Field(default=0.05, gt=0, lt=1)
     min_samples: int = Field(default=10, ge=2)
+    method: Literal["fixed", "anytime"] = "fixed"
+    span: float = Field(default=1.0, gt=0)  # largest difference of two rewards, which anytime has to know
     max_cost: float | None = Field(default=None, gt=0)  # ratios to the prompt in force
     max_latency: float | None = Field(default=None, gt=0)
     max_length: float | None = Field(default=None, gt=0)

@@ -109,7 +109,7 @@ class APO:
 
 class HeldOutEvidence(Mapping[str, Any]):
     """What the held-out test measured, by key or as attributes: n, before, after, diff, ci95, p_value, alpha,
-    candidates_tried, needed_n."""
+    candidates_tried, needed_n, method."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = dict(values)

@@ -212,6 +212,9 @@ def apo(
     promote: Annotated[str, typer.Option(help="auto, canary (a tenth of new episodes) or never.")] = "auto",
     holdout: Annotated[str, typer.Option(help="Held-out tasks: a share such as 0.4, or a count.")] = "0.4",
     replicates: Annotated[int, typer.Option(help="Rollouts a held-out task and prompt.")] = 1,
+    gate: Annotated[
+        str | None, typer.Option(help="fixed: all held-out tasks; anytime: stop once proven. Default: gate.method.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the split and the search.")] = 0,
     concurrency: Concurrency = 4,
     timeout: Timeout = 120.0,
@@ -256,6 +259,7 @@ def apo(
         replicates=replicates,
         runner=runner,
         engine_params=_params(param or []),
+        gate=gate or settings.load().gate.method,  # type: ignore[arg-type]  # checked next
     )
     check(spec)
     if agent:

@@ -187,6 +187,7 @@ async def _job(trainer: "Trainer", bound: Bound, data: Data, client: Client, con
         budget_tokens=algorithm.budget_tokens,
         budget_seconds=algorithm.budget_seconds,
         engine_params=algorithm.engine_params,
+        gate=config.gate.method,
     )
     job_id = _broken_off(client, spec) or new_job_id()
     spans = SpanWriter(client, config.store.data_dir, emails=config.store.redaction.emails)

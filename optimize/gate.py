@@ -22,6 +22,7 @@ from collector.errors import BadInput
 
 Array = NDArray[np.float64]
 Decision = Literal["promote", "shadow", "reject"]
+Method = Literal["fixed", "anytime"]  # a fixed set judged once, or pairs that may be looked at after each
 FLIPS = 19_999  # Monte Carlo sign flips where enumeration is too long
 BOOTSTRAP = 4_000  # draws
 ENUMERATED = 14  # differing pairs up to which all sign flips are enumerated
@@ -48,6 +49,7 @@ class Verdict:
     candidates_tried: int
     needed_n: int | None
     reason: str
+    method: Method = "fixed"
 
 
 def decide(
@@ -334,7 +336,7 @@ def decide_early(
         more = f"; a proof would need about {needed} tasks" if needed is not None else ""
         reason = f"inconclusive: {told} < {candidates_tried / alpha:.4g}{more}"
     means, p = (float(before.mean()), float(after.mean())), min(1.0, 1.0 / evidence)
-    return Verdict(decision, n, *means, mean, (low, high), p, alpha, candidates_tried, needed, reason)
+    return Verdict(decision, n, *means, mean, (low, high), p, alpha, candidates_tried, needed, reason, "anytime")
 
 
 def _first(reached: NDArray[np.bool_]) -> int:

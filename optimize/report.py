@@ -3,11 +3,11 @@
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from optimize.gate import Comparison, Verdict
 
@@ -110,6 +110,28 @@ def write(report: PromptReport, path: Path) -> Path:
     return path
 
 
+def as_json(report: PromptReport) -> dict[str, Any]:
+    """What the page draws, for programs: lineage, score against rollouts, parts and refusals with their reasons, the
+    difference of the prompts, and on how many held-out tasks the new one did better and worse."""
+    lines = report.seed_template.splitlines(), report.best_template.splitlines()
+    names = ("id", "parent", "template", "score", "rollouts", "reason")
+    wins, losses = _wins(report.pairs)
+    return {
+        "lineage": [{name: getattr(one, name) for name in names} for one in report.candidates],
+        "history": [asdict(point) for point in report.history],
+        "parts": [asdict(part) for part in report.parts],
+        "rejected": [{"text": text, "reason": why} for text, why in report.rejected],
+        "diff": list(difflib.unified_diff(*lines, "before", "after", lineterm="")),
+        "wins": wins,
+        "losses": losses,
+    }
+
+
+def _wins(pairs: Sequence[Pair]) -> tuple[int, int]:
+    """Held-out tasks on which the new prompt did better, and worse."""
+    return sum(pair.after > pair.before for pair in pairs), sum(pair.after < pair.before for pair in pairs)
+
+
 def page(report: PromptReport) -> str:
     """The whole document."""
     sections = [_head(report), _evidence(report), _costs(report), _prompts(report), _search(report), _lineage(report)]
@@ -144,9 +166,10 @@ def _evidence(report: PromptReport) -> str:
     row += _cells([f"{verdict.p_value:.4g}", str(verdict.n)])
     names = ["before", "after", "difference", "95% interval", "p", "tasks"]
     header = "".join(f'<th class="n">{name}</th>' for name in names)
+    looked = ", whenever it stops (an e-process; p is 1 / evidence)" if verdict.method == "anytime" else ""
     note = (
         f"Mean reward on held-out tasks, paired; the test allows {verdict.alpha:.0%} false promotions over "
-        f"{verdict.candidates_tried} candidate(s) that reached it."
+        f"{verdict.candidates_tried} candidate(s) that reached it{looked}."
     )
     table = f"<table><tr>{header}</tr><tr>{row}</tr></table>"
     return f'<h2>Evidence</h2>{table}{_interval(low, verdict.diff, high)}<p class="dim">{note}</p>'
@@ -268,8 +291,7 @@ def _parts(report: PromptReport) -> str:
 def _tasks(report: PromptReport) -> str:
     if not report.pairs:
         return ""
-    wins = sum(pair.after > pair.before for pair in report.pairs)
-    losses = sum(pair.after < pair.before for pair in report.pairs)
+    wins, losses = _wins(report.pairs)
     header = (
         '<tr><th>task</th><th class="n">before</th><th class="n">after</th><th>answer before</th><th>after</th></tr>'
     )

@@ -140,11 +140,12 @@ def measure(result: Result, problem: Problem, runs: Sequence[Run], truth: figure
         }
     for peer in PEERS:
         theirs = counts.get("gepa, the better", counts.get(peer)) if peer == "gepa" else counts.get(peer)
-        value = None if theirs is None else figures.ratio(counts["ratchet"], theirs, budget)
+        ours = counts.get("ratchet")
+        value = None if ours is None or theirs is None else figures.ratio(ours, theirs, budget)
         if value is not None:
             result.measures[f"{problem.name}_rollouts_of_{peer}"] = value
     winner = max(runs, key=lambda run: truth[run.final])
-    notes |= {"best_prompt": winner.final, "best_by": winner.engine, "seeds": len(counts["ratchet"])}
+    notes |= {"best_prompt": winner.final, "best_by": winner.engine, "seeds": len({run.seed for run in runs})}
     notes["curves"] = {
         engine: [[(at, truth[text]) for at, text in run.curve if text in truth] for run in runs if run.engine == engine]
         for engine in counts
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--engines", default=",".join(ENGINES), help=f"of {', '.join(EVERY)}")
     parser.add_argument("--budget", type=int, default=400)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--together", type=int, default=3, help="seeds that run side by side")
+    parser.add_argument("--together", type=int, default=5, help="seeds that run side by side")
     parser.add_argument("--finished", action="store_true", help="search nothing more: report what is on disk")
     parser.add_argument("--brief", action="store_true", help="score only the prompts that the figures need")
     parser.add_argument("--out", type=Path, default=RESULTS)

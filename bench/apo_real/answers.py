@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from optimize.rl.model import LanguageModel
 
 
+CHUNK = 1024  # prompt positions a step: nobody waits for single answers here
+
+
 @dataclass(frozen=True)
 class Asked:
     """A question under a system prompt, and the answers that are right."""
@@ -71,7 +74,7 @@ class Cache:
 class Answers:
     """The local model behind its cache. Used from one event loop."""
 
-    def __init__(self, directory: Path, cache: Cache, *, batch: int = 64, threads: int = 1) -> None:
+    def __init__(self, directory: Path, cache: Cache, *, batch: int = 128, threads: int = 1) -> None:
         self._directory, self._batch, self._threads = directory, batch, threads
         self._cache = cache
         self._name = fingerprint(directory)
@@ -88,12 +91,15 @@ class Answers:
     def _loaded(self) -> "tuple[LanguageModel, Batcher]":
         """The model and its batch; loaded when an answer is missing on disk for the first time."""
         if self._model is None:
+            import torch
+
             from optimize.rl.batcher import Batcher
             from optimize.rl.model import LanguageModel, use_threads
 
             use_threads(self._threads)
+            torch.set_float32_matmul_precision("medium")  # products in bfloat16 where the CPU can, sums in fp32
             model = LanguageModel.load(self._directory)
-            self._model = model, Batcher(model, max_batch=self._batch, max_waiting=100_000)
+            self._model = model, Batcher(model, max_batch=self._batch, max_waiting=100_000, chunk=CHUNK)
             self._model[1].start()
         return self._model
 
@@ -159,6 +165,7 @@ class _Listener:
             self.batcher.cancel([self.row])
             over = True
         if over:
+            self.row = None  # a row holds megabytes, and in a circle it would stay until the collector comes by
             self.told(self.text)
 
 

@@ -19,17 +19,20 @@ from optimize.apo.costs import compare, within
 from optimize.apo.editor import LLMEditor
 from optimize.apo.engine import Engine, Problem, Progress, Row, SearchResult
 from optimize.apo.joint import Joint
+from optimize.apo.judge import Judge
 from optimize.apo.origin import Origin
 from optimize.apo.proposers import Chain
 from optimize.apo.replay import ProposalLog, ReplyLog, row_of
 from optimize.apo.result import ApoResult, HeldOut, pair_of, write_report
 from optimize.apo.setup import Setup, agent_setup, replay_setup
+from optimize.apo.shorter import Shortened
 from optimize.apo.spec import CANARY_SHARE, ApoSpec, check
 from optimize.apo.state import Proposer
 from optimize.budget import Budget
+from optimize.dataset import Task
 from optimize.evaluate import JournalledEvaluator, tokens, version_hash
 from optimize.evaluation import Outcome, Request
-from optimize.gate import Verdict, decide
+from optimize.gate import Verdict
 from optimize.jobs import Job, JobLock, decoded, new_job_id
 from optimize.joint import divide, join
 from optimize.patience import patiently
@@ -122,13 +125,14 @@ class _Work:
     ) -> None:
         self.spec, self.setup, self.client, self.settings = spec, setup, client, settings
         self.search_tasks, self.held = setup.search, setup.held
-        self.engine = Joint(engine_of(spec.engine))
+        self.engine = Joint(Shortened(engine_of(spec.engine)))
         self.origins: dict[str, Origin] = {}
         self.data_dir = Path(settings.store.data_dir)
         self.job = Job(client, job_id, "apo", spec.slot, spec.as_dict())
         self._say = on_progress or (lambda stage: None)
         self._phase, self._done, self._total = "origin", 0, 0
         self._latest: Progress | None = None
+        self.notes = setup.notes
         self.budget = Budget(
             spec.budget,
             tokens=spec.budget_tokens,
@@ -175,21 +179,7 @@ class _Work:
         if found.stop == "failures":
             said = next((row.feedback for row in found.rows if not row.ok and row.feedback), "")
             raise RatchetError(f"the agent is broken: {found.reason}" + (f" ({said[-400:]})" if said else ""))
-        pairs: tuple[HeldOut, ...] = ()
-        gate: Verdict | None = None
-        if found.changed:
-            pairs = await self._hold(seed, found.best_template)
-        if len(pairs) >= 2:
-            # Every candidate that these tasks have seen counts, whichever job brought it: held-out data wears out.
-            tried = await self.evaluator.tried_on({task.id for task in self.held})
-            gate = decide(
-                [pair.before for pair in pairs],
-                [pair.after for pair in pairs],
-                alpha=self.settings.gate.alpha,
-                candidates_tried=len(tried | {version_hash(found.best_template)}),
-                min_samples=self.settings.gate.min_samples,
-                seed=self.spec.seed,
-            )
+        pairs, gate = await self._hold(seed, found.best_template) if found.changed else ((), None)
         costs = compare(pairs, self.settings.gate)
         gate = within(gate, costs, self.settings.gate) if gate else None
         result = await self._decided(found, gate, pairs)
@@ -253,12 +243,27 @@ class _Work:
             if event["arm"] == "search" and event["task_id"] in known and event["replicate"] != PROBE
         ]
 
-    async def _hold(self, before: str, after: str) -> tuple[HeldOut, ...]:
-        """Both prompts on every held-out task, side by side in time; on fewer where the budget leaves no more."""
+    async def _hold(self, before: str, after: str) -> tuple[tuple[HeldOut, ...], Verdict | None]:
+        """Both prompts on the held-out tasks until the judge knows; on fewer where the budget leaves no more."""
+        # Every candidate that these tasks have seen counts, whichever job brought it: held-out data wears out.
+        tried = await self.evaluator.tried_on({task.id for task in self.held})
+        judge = Judge(self.spec.gate, self.settings.gate, len(tried | {version_hash(after)}), self.spec.seed)
         each = 2 * self.spec.replicates
         held = self.held[: self.budget.affordable(each * len(self.held)) // each] if self.budget.limited else self.held
         short = "" if len(held) == len(self.held) else f" of {len(self.held)}: the budget leaves no more"
         self._enter("gate", each * len(held), f"testing on {len(held)} held-out tasks{short}, both prompts")
+        pairs: tuple[HeldOut, ...] = ()
+        for block in judge.blocks(held, self.spec.concurrency):
+            pairs += await self._paired(block, before, after)
+            if judge.settled(pairs):
+                break
+        if len(pairs) < len(held):
+            self.notes += (f"the held-out test was decided after {len(pairs)} of {len(held)} tasks",)
+        return pairs, judge.verdict(pairs)
+
+    async def _paired(self, held: Sequence[Task], before: str, after: str) -> tuple[HeldOut, ...]:
+        """Both prompts on each task, side by side in time."""
+        each = 2 * self.spec.replicates
         requests = [
             Request(template, task, replicate, arm)
             for task in held
@@ -306,7 +311,7 @@ class _Work:
             rollouts=len(paid),
             calls=tokens(event["calls"] for event in paid),
             seconds=0.0,
-            notes=self.setup.notes,
+            notes=self.notes,
         )
 
     async def _register(self, found: SearchResult, gate: Verdict) -> dict[str, int]:

@@ -111,13 +111,13 @@ class ApoResult:
 
 def holdout(gate: Verdict) -> dict[str, Any]:
     """The gate's figures under their public names."""
-    names = ("n", "before", "after", "diff", "p_value", "alpha", "candidates_tried", "needed_n")
+    names = ("n", "before", "after", "diff", "p_value", "alpha", "candidates_tried", "needed_n", "method")
     return {**{name: getattr(gate, name) for name in names}, "ci95": list(gate.ci95)}
 
 
 def write_report(result: ApoResult, folder: Path) -> Path:
     """Write `{job_id}.html` and `{job_id}.json` into `folder`; the page's path comes back."""
-    from optimize.report import Pair, PartRow, Point, PromptReport, write
+    from optimize.report import Pair, PartRow, Point, PromptReport, as_json, write
 
     search = result.search
     before = search.value - search.gain
@@ -145,7 +145,8 @@ def write_report(result: ApoResult, folder: Path) -> Path:
         notes=result.notes,
     )
     path = write(page, folder / f"{result.job_id}.html")
-    path.with_suffix(".json").write_text(json.dumps({**result.as_dict(), "report": str(path)}, indent=2) + "\n")
+    told = {**result.as_dict(), "report": str(path), **as_json(page)}
+    path.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n")
     return path
 
 

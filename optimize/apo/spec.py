@@ -10,6 +10,7 @@ from typing import Any, Literal
 from collector.errors import BadInput
 from collector.registry import check_slot_name
 from optimize.dataset import Task, load_tasks, split
+from optimize.gate import Method
 
 Promote = Literal["auto", "canary", "never"]
 Mode = Literal["agent", "replay", "function"]
@@ -53,6 +54,7 @@ class ApoSpec:
     replicates: int = 1
     runner: str = "local"
     engine_params: dict[str, Any] = field(default_factory=dict)
+    gate: Method = "fixed"  # how the held-out test judges: chosen before anything is known
     started_ns: int = field(default_factory=time.time_ns)
 
     @property
@@ -118,6 +120,8 @@ def check(spec: ApoSpec) -> None:
         raise BadInput(f"--runner is local, not {spec.runner!r}", param="runner")
     if spec.replicates < 1:
         raise BadInput(f"--replicates is at least 1, not {spec.replicates}", param="replicates")
+    if spec.gate not in ("fixed", "anytime"):
+        raise BadInput(f"--gate is fixed or anytime, not {spec.gate!r}", param="gate")
     if spec.promote not in ("auto", "canary", "never"):
         raise BadInput(f"--promote is auto, canary or never, not {spec.promote!r}", param="promote")
     if spec.budget < MIN_BUDGET:

@@ -80,13 +80,22 @@ class _Chore:
 
 
 class Batcher:
-    """Runs rows on a model, up to `max_batch` at once; at most `max_waiting` more wait."""
+    """Runs rows on a model, up to `max_batch` at once; at most `max_waiting` more wait.
+
+    `chunk`: prompt positions a step; more of them cost less each, and keep rows that are answering waiting.
+    """
 
     def __init__(
-        self, model: LanguageModel, *, max_batch: int = 16, max_waiting: int = 1024, prefix_bytes: int = 256 << 20
+        self,
+        model: LanguageModel,
+        *,
+        max_batch: int = 16,
+        max_waiting: int = 1024,
+        prefix_bytes: int = 256 << 20,
+        chunk: int = CHUNK,
     ) -> None:
         self._model = model
-        self._max_batch, self._max_waiting = max_batch, max_waiting
+        self._max_batch, self._max_waiting, self._chunk = max_batch, max_waiting, chunk
         self._prefixes = Prefixes(prefix_bytes)
         self._waiting: deque[Row] = deque()
         self._active: list[Row] = []
@@ -208,7 +217,7 @@ class Batcher:
         """Every running row's next token, and prompt pieces in the order of arrival while the step has room."""
         planned: list[tuple[Row, Segment]] = []
         leaders: list[Row] = []
-        room = CHUNK
+        room = self._chunk
         for row in self._active:
             if not row.prefilling:
                 planned.append((row, _segment(row, len(row.ids))))

@@ -88,6 +88,11 @@ def test_the_report_is_written_beside_the_data(tmp_path: Path, world: World) -> 
     beside = json.loads(done.report.with_suffix(".json").read_text())
     assert beside["report"] == str(done.report)
     assert len(beside["pairs"]) == 10
+    assert (beside["wins"], beside["losses"], beside["holdout"]["method"]) == (10, 0, "fixed")
+    assert [(one["id"], one["parent"]) for one in beside["lineage"]] == [("seed", None), ("best", "seed")]
+    assert all(part["reason"] for part in beside["parts"])
+    assert len(beside["history"]) > 1
+    assert "-" + SEED in beside["diff"]
 
 
 def test_the_budget_is_never_overshot(tmp_path: Path, world: World) -> None:
@@ -264,6 +269,7 @@ def test_a_spec_survives_the_store_and_a_changed_task_file_is_refused(tmp_path: 
         ({"command": ()}, "after --"),
         ({"grader": "fuzzy"}, "unknown grader"),
         ({"holdout": 30}, "hold out"),
+        ({"gate": "never"}, "--gate"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(
@@ -307,6 +313,49 @@ def test_replicates_are_means_of_each_held_out_task(tmp_path: Path, world: World
     arms = Counter((event["arm"], event["replicate"]) for event in world.evaluations(done.job_id))
     assert [arms[arm, number] for arm in ("baseline", "candidate") for number in (0, 1)] == [10, 10, 10, 10]
     assert (done.gate.n, done.gate.before, done.gate.after) == (10, 0.0, 1.0)
+
+
+def test_an_anytime_gate_ends_as_soon_as_the_gain_is_proven_and_says_so(tmp_path: Path, world: World) -> None:
+    done = run(world, tmp_path, spec(tmp_path, gate="anytime", holdout=18, budget=48))
+    arms = Counter(event["arm"] for event in world.evaluations(done.job_id))
+    assert arms["baseline"] == arms["candidate"] == done.gate.n < 18
+    assert (done.verdict, done.promoted, done.gate.method) == ("promote", True, "anytime")
+    assert f"decided after {done.gate.n} of 18 tasks" in done.notes[-1]
+    page = done.report.read_text()
+    assert done.notes[-1] in page and "whenever it stops" in page
+
+
+@pytest.mark.parametrize("at", [30, 53])
+def test_an_anytime_gate_that_died_goes_on_with_the_same_tasks_to_the_same_end(
+    tmp_path: Path, world: World, at: int
+) -> None:
+    asked = spec(tmp_path, gate="anytime", holdout=18, budget=48)
+    whole = run(world, tmp_path, asked, job_id="job-0")
+    fresh = World(model)
+
+    def die(stage: Stage) -> None:
+        if len(fresh.evaluations("job-1")) >= at:
+            raise Killed
+
+    try:
+        with pytest.raises(Killed):
+            run(fresh, tmp_path, asked, job_id="job-1", on_progress=die)
+        resumed = run(fresh, tmp_path, asked, job_id="job-1")
+        events = fresh.evaluations("job-1")
+    finally:
+        fresh.close()
+    keys = Counter((event["version_hash"], event["task_id"], event["replicate"]) for event in events)
+    assert set(keys.values()) == {1}
+    assert resumed.gate == whole.gate
+    assert [pair.task_id for pair in resumed.pairs] == [pair.task_id for pair in whole.pairs]
+
+
+def test_forty_tasks_are_enough_and_a_start_at_nothing_is_headroom(tmp_path: Path, world: World) -> None:
+    lines = [json.dumps({"id": f"t{n}", "question": f"Say {n}.", "expected": str(n)}) for n in range(100, 140)]
+    asked = spec(tmp_path, holdout=0.4, budget=40)
+    (tmp_path / "tasks.jsonl").write_text("\n".join(lines))
+    done = run(world, tmp_path, asked)
+    assert (done.gate.n, done.gate.before, done.verdict) == (16, 0.0, "promote")
 
 
 def test_a_token_budget_leaves_room_for_the_test_and_is_not_exceeded(tmp_path: Path, world: World) -> None:
