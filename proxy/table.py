@@ -14,6 +14,7 @@ import os
 import struct
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
+from itertools import compress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -31,6 +32,9 @@ _PUT_ENTRY = struct.Struct(f"<IBB{VALUE}s").pack_into
 _KEYS = WAYS * KEY
 _ENTRIES = _KEYS + WAYS  # where they begin in a bucket
 _BUCKET = _ENTRIES + WAYS * _ENTRY
+_NAMES = struct.Struct(f"{KEY}s" * WAYS)
+_ALL = range(WAYS)
+_OTHERS = bytes(256 - WAYS)
 _IN_ORDER = bytes(range(WAYS))
 _MAGIC = b"ratchet2"
 _HEADER = 4096
@@ -166,20 +170,21 @@ class Table:
 
     def _ways(self, bucket: int, key: bytes) -> list[int]:
         """Where in the bucket the key stands, that used longest ago first."""
-        keys = self._map[bucket : bucket + _KEYS]
-        return [way for way in self._order(bucket) if keys[way * KEY : way * KEY + KEY] == key] if key in keys else []
+        names = _NAMES.unpack_from(self._map, bucket)
+        if key not in names:
+            return []
+        return sorted(compress(_ALL, map(key.__eq__, names)), key=self._order(bucket).index)
 
     def _order(self, bucket: int) -> bytes:
         """The entries' numbers. Those of a bucket that is new, or whose writer died in the middle, are dealt anew."""
         order = self._map[bucket + _KEYS : bucket + _ENTRIES]
         return order if len({*order}) == WAYS else _IN_ORDER
 
-    def _own(self, bucket: int, key: bytes, oldest: int) -> int:
+    def _own(self, bucket: int, key: bytes, order: bytes) -> int:
         """The entry to write over for a key that is there already: its own oldest, once it has half of the bucket."""
-        keys = self._map[bucket : bucket + _KEYS]
-        if keys.count(key) < WAYS // 2:
-            return oldest
-        return self._ways(bucket, key)[0]
+        mine = bytes(map(key.__eq__, _NAMES.unpack_from(self._map, bucket)))  # of each entry, 1 or 0
+        at = order.translate(mine + _OTHERS).find(1) if mine.count(1) >= WAYS // 2 else 0
+        return order[at]
 
     def _used(self, bucket: int, way: int) -> None:
         order, top = self._order(bucket), bucket + _KEYS
@@ -207,7 +212,7 @@ class Table:
             order = _IN_ORDER
         way = order[0]
         if mapped.find(key, bucket, top) >= 0:
-            way = self._own(bucket, key, way)
+            way = self._own(bucket, key, order)
         at = order.find(way)
         if at >= 0:
             mapped[top : top + WAYS] = order[:at] + order[at + 1 :] + order[at : at + 1]
