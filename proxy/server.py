@@ -167,6 +167,7 @@ class Protocol(HttpToolsProtocol):
     _offered = False  # whether the head that was just read asks for an upgrade that isn't taken
     _between = True  # whether the parser is between two requests
     _key: bytes | None = None  # of the head that the parser is about to read
+    _last: tuple[bytes, bytes, Head | None] = b"", b"", None  # a known head as it came, around the digits of its length
     _waiting: tuple[Head, int, bytes] | None = None  # a known head that came without its body, and how long that is
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn narrows it
@@ -201,14 +202,10 @@ class Protocol(HttpToolsProtocol):
         elif self.cycle is not None and not self.cycle.response_complete:
             return False
         else:
-            parts = cut(data)
-            if parts is None or not parts[1].isdigit() or len(parts[1]) > _DIGITS:
+            found = self._again(data) or self._known(quick, data)
+            if found is None:
                 return False
-            self._key, digits, body = parts
-            known, length = quick.heads.get(self._key), int(digits)
-            if known is None:
-                return False
-            head = known
+            head, length, body = found
             if not body and length:
                 self._waiting = head, length, data
                 self._reading.begin(self._idle_since)
@@ -219,6 +216,30 @@ class Protocol(HttpToolsProtocol):
             return False
         self._waiting = self._reading.since = None
         return True
+
+    def _again(self, data: bytes) -> tuple[Head, int, bytes] | None:
+        """The head, the length and what is there of the body, where the head is that of the request before."""
+        before, after, head = self._last
+        if head is None or not data.startswith(before):
+            return None
+        at = len(before)
+        stop = data.find(b"\r", at, at + _DIGITS + 1)
+        if stop <= at or not data.startswith(after, stop) or not (digits := data[at:stop]).isdigit():
+            return None
+        return head, int(digits), data[stop + len(after) :]
+
+    def _known(self, quick: "Quick", data: bytes) -> tuple[Head, int, bytes] | None:
+        """The same, where the head was seen before, on whatever connection."""
+        parts = cut(data)
+        if parts is None or not parts[1].isdigit() or len(parts[1]) > _DIGITS:
+            return None
+        self._key, digits, body = parts
+        head = quick.heads.get(self._key)
+        if head is None:
+            return None
+        at = data.find(b"ength: ") + 7  # where `cut` has found it
+        self._last = data[:at], data[at + len(digits) : len(data) - len(body)], head
+        return head, int(digits), body
 
     def _read_waiting(self) -> None:
         """Has the parser read the head that waits, after all."""

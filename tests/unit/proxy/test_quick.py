@@ -135,6 +135,19 @@ def test_an_injected_prompt_goes_up_on_the_short_way(proxy: Worker, upstream: Fa
     assert proxy.span(count=1)["prompt_version"] == 2
 
 
+def test_requests_of_one_connection_are_told_apart_by_their_heads(
+    proxy: Worker, upstream: FakeUpstream, taken: Taken
+) -> None:
+    short, long = long_way.request(BODY), long_way.request(PROMPT)
+    other = short.replace(b"\r\n", b"\r\nx-request-id: 1\r\n", 1)
+    named = short.replace(b"\r\ncontent-length", b"\r\nx-ratchet-episode: mine\r\ncontent-length", 1)
+    talk(proxy, short, long, other, short, named, long)
+    assert taken.count >= 4
+    assert [len(one.body) for one in upstream.requests][:2] == [len(BODY), len(PROMPT) + len("very ")]
+    assert [one.headers.get("x-request-id") for one in upstream.requests] == [None, None, "1", None, None, None]
+    assert [span["episode_id"] == "mine" for span in proxy.spans] == [False] * 4 + [True, False]
+
+
 def test_a_head_may_come_before_its_body(proxy: Worker, taken: Taken) -> None:
     head, end, body = long_way.request(BODY).partition(b"\r\n\r\n")
     with socket.create_connection(("127.0.0.1", int(proxy.root.rpartition(":")[2])), timeout=10) as connection:
