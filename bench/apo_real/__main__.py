@@ -34,7 +34,8 @@ GIVEN = (
     "call. All start at the same prompt and see the same search tasks; the reward is 1 for an exactly right greedy "
     "answer, else 0; every rollout counts as paid, cached or not. What would be reported is looked at every 20 "
     "rollouts. A run is there when all that it reports from then on is within 3 points of the best final prompt of "
-    "any engine and seed; one that never is counts as later than any, and a peer's median then as the whole budget."
+    "any engine and seed; one that never is counts as later than any, and a peer's median then as the whole budget. "
+    "Answers: fp32, its products in bfloat16 where the CPU can (the same text as without in 140 of 140 compared)."
 )
 
 
@@ -147,7 +148,7 @@ def measure(result: Result, problem: Problem, runs: Sequence[Run], truth: figure
     winner = max(runs, key=lambda run: truth[run.final])
     notes |= {"best_prompt": winner.final, "best_by": winner.engine, "seeds": len({run.seed for run in runs})}
     notes["curves"] = {
-        engine: [[(at, truth[text]) for at, text in run.curve if text in truth] for run in runs if run.engine == engine]
+        engine: [[(at, truth.get(text)) for at, text in run.curve] for run in runs if run.engine == engine]
         for engine in counts
         if engine in EVERY
     }

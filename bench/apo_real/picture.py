@@ -1,5 +1,6 @@
 """True score of the reported prompt against paid rollouts, a chart a problem: means over seeds."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 COLOURS = {"ratchet": "#1f6feb", "gepa": "#d1242f", "gepa-3": "#f0883e", "beam": "#8c959f", "ratchet-drip": "#54aeff"}
 
 
-def at(curve: Sequence[Sequence[float]], rollouts: int) -> float:
-    """What a run's reported prompt is worth after so many rollouts."""
-    return next(score for spent, score in reversed(curve) if spent <= rollouts)
+def at(curve: Sequence[tuple[int, float | None]], rollouts: int) -> float:
+    """What a run's reported prompt is worth after so many rollouts; not a number where that was not scored."""
+    score = next(score for spent, score in reversed(curve) if spent <= rollouts)
+    return math.nan if score is None else score
 
 
 def draw(problems: dict[str, Any], budget: int, path: Path) -> None:

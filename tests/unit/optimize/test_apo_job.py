@@ -13,6 +13,7 @@ from collector.client import Client
 from collector.errors import BadInput, Conflict, RatchetError
 from collector.settings import Settings, load
 from optimize import jobs
+from optimize.apo import shorter
 from optimize.apo.factorial import Params
 from optimize.apo.job import Stage, run_apo
 from optimize.apo.spec import ApoSpec, file_sha256
@@ -298,6 +299,33 @@ def test_an_optimizer_model_writes_parts_through_the_proxy_as_an_episode_of_the_
     assert (done.verdict, done.gate and done.gate.after) == ("promote", 1.0)
     assert "CURTLY" in done.best_template
     assert "job-1-editor" in {span["episode_id"] for span in world.spans_}
+
+
+def test_a_long_winner_is_said_in_fewer_words_before_it_meets_the_held_out_tasks(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shorter, "LARGE", 50)
+    wordy = "Answer CURTLY and stop, " + "because nobody here has the time to read any more than that " * 4 + "today."
+    short = f"{SEED} Answer CURTLY and stop."
+
+    def both(system: str, user: str) -> str:
+        if system.startswith("You improve the prompt"):
+            return json.dumps([{"op": "add", "text": wordy, "failures": [1, 2]}])
+        if "in as few words as you can" in user:
+            return short
+        number = re.findall(r"\d+", user)[-1]
+        return number if "CURTLY" in system else f"The number is {number}, I think."
+
+    world.model = both
+    config = settings(tmp_path)
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"model": "critic"})})
+    asked = spec(tmp_path, budget=50)
+    done = asyncio.run(run_apo(asked, cast(Client, world), world.url, settings=config))
+    assert (done.verdict, done.best_template) == ("promote", short)
+    assert "shorter version took its place" in done.search.reason
+    beside = json.loads(done.report.with_suffix(".json").read_text()) if done.report else {}
+    assert beside["lineage"][-1]["template"] == short
+    assert Counter(event["arm"] for event in world.evaluations(done.job_id))["search"] <= 50
 
 
 def test_an_optimizer_model_that_does_not_answer_does_not_stop_the_search(tmp_path: Path, world: World) -> None:
