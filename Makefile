@@ -113,7 +113,7 @@ bench-apo: install
 
 # The search beside gepa and the beam on the real local model, one fixed bank of parts for all; answers are kept in data.
 bench-apo-real: install
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.apo_real
+	OMP_WAIT_POLICY=PASSIVE ONEDNN_PRIMITIVE_CACHE_CAPACITY=32 $(BIN)/python -m bench.apo_real
 
 # Credit where the truth is known, and what training costs; about 10 minutes.
 bench-rl: install

@@ -35,7 +35,8 @@ GIVEN = (
     "answer, else 0; every rollout counts as paid, cached or not. What would be reported is looked at every 20 "
     "rollouts. A run is there when all that it reports from then on is within 3 points of the best final prompt of "
     "any engine and seed; one that never is counts as later than any, and a peer's median then as the whole budget. "
-    "Answers: fp32, its products in bfloat16 where the CPU can (the same text as without in 140 of 140 compared)."
+    "Answers: fp32, its products in bfloat16 where the CPU can (the same text as without in 140 of 140 compared). "
+    "`seconds` is of the last run, which asks the model only for what is not on disk yet."
 )
 
 
