@@ -273,8 +273,10 @@ def main() -> None:
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     peers = kept(RESULTS / "apo.csv", worlds, seeds) if options.keep_peers else []
     plan = Plan(worlds, seeds, options.nulls or 18 * options.seeds, engines)
-    lines = collect(plan, options.jobs, [*peers, *_noted(options.journal)], options.journal)
-    result = Result("apo", MUST, notes={"seeds": options.seeds, "first_seed": options.first_seed})
+    done = _noted(options.journal)
+    lines = collect(plan, options.jobs, [*peers, *done], options.journal)
+    notes = {"seeds": options.seeds, "first_seed": options.first_seed, "runs_done_before": len(peers) + len(done)}
+    result = Result("apo", MUST, notes=notes)
     measure(result, lines)
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "apo.csv").open("w", newline="") as file:
