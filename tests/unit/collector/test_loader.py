@@ -204,6 +204,7 @@ def at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 def test_a_batch_is_due_by_size_or_by_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "_LISTING_SHARE", 0)  # each look is at the directory as it is
     assert not world.loader.due()
     write(world.data_dir, call(1))
     assert not world.loader.due(), "nobody waits for it"
